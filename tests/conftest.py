@@ -1,0 +1,55 @@
+"""What the tests share: a workspace of their own, the bundled model, its FP8 twin, two servers."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def tmp_workspace(tmp_path, monkeypatch) -> Path:
+    """A fresh, empty workspace for one test."""
+    monkeypatch.setenv("PHI4_FP8_WORKSPACE", str(tmp_path / "workspace"))
+    return tmp_path / "workspace"
+
+
+@pytest.fixture(scope="session")
+def tiny_base() -> Path:
+    return REPO / "data" / "tiny_phi4"
+
+
+@pytest.fixture(scope="session")
+def tiny_fp8(tmp_path_factory, tiny_base) -> Path:
+    """The bundled model's FP8 checkpoint, made once by the real LLM Compressor."""
+    from helpers import models, quantize
+
+    before = os.environ.get("PHI4_FP8_WORKSPACE")
+    os.environ["PHI4_FP8_WORKSPACE"] = str(tmp_path_factory.mktemp("fp8"))
+    try:
+        return quantize.fp8_checkpoint(models.PROFILES["tiny-phi4"], tiny_base)
+    finally:
+        if before is None:
+            del os.environ["PHI4_FP8_WORKSPACE"]
+        else:
+            os.environ["PHI4_FP8_WORKSPACE"] = before
+
+
+def _server(model: Path):
+    from helpers import hardware, models, serving
+
+    path = hardware.serving_path(hardware.detect())
+    return serving.VllmServer(model, serving.default_flags(models.PROFILES["tiny-phi4"], path))
+
+
+@pytest.fixture(scope="session")
+def fp8_server(tiny_fp8):
+    with _server(tiny_fp8) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def bf16_server(tiny_base):
+    with _server(tiny_base) as server:
+        yield server
