@@ -1,0 +1,276 @@
+"""The vLLM plugin that makes FP8_DYNAMIC checkpoints usable on a CPU.
+
+vLLM finds `register` through the entry point `vllm.general_plugins` and calls it in each of its
+processes. Where there is a GPU it does nothing. On a CPU it does two things.
+
+It asks the operating system for AMX. vLLM 0.32's attention kernel uses AMX tiles without asking,
+and dies with SIGILL ("Worker proc died unexpectedly (exit code: -4)") when nothing before it did.
+
+It registers an FP8 linear kernel. For a checkpoint with one scale per output channel and dynamic
+per-token activations, vLLM 0.32 has only `ChannelWiseTorchFP8ScaledMMLinearKernel` on a CPU, which
+ends in oneDNN's reference loop: correct, and hundreds of times slower than bf16. Ours comes in two
+numerics, chosen by the environment variable PHI4_FP8_CPU_NUMERICS:
+
+w8a16   FP8 weights, 16-bit activations: what Marlin does on an Ampere GPU. The default where vLLM's
+        own W8A16 GEMM is built in (AVX512-BF16, AMX): half the bytes of bf16 are read per token.
+w8a8    FP8 weights, activations quantized to FP8 per token, exact products, float32 sums: what an
+        FP8 tensor core computes. The default on other CPUs.
+
+Nothing of vLLM is patched: the kernel goes through `register_linear_kernel` and vLLM's kernel
+classes. Only its place in vLLM's list is changed, in `_register_kernel`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+CHECKED_VLLM = "0.32.0"
+NUMERICS = ("w8a16", "w8a8")
+
+# The rows and columns of the packed weight come in tiles of 32; vLLM's op aborts the process on
+# other widths. 128 is its fixed block of K for the block scales, which are all one here.
+_TILE = 32
+_SCALE_BLOCK_K = 128
+
+# Weights upcast at a time: 4 MB of float32, which stays in the cache between the upcast and the
+# product. Measured on a Zen 4 with 32 MB of L3, 5120 x 5120, one row: 5.1 ms; 0.25 and 4 times as
+# many weights: 9.8 and 18 ms.
+_UPCAST_WEIGHTS = 2**20
+
+# An E4M3 code moved into a float16's bits has the exponent bias 15 instead of 7: it reads as its
+# value times 2^-8.
+_FLOAT16_READING = 2.0**8
+
+
+def register() -> None:
+    """The entry point: called by vLLM in every one of its processes.
+
+    Raises `WorkbookError` when PHI4_FP8_CPU_NUMERICS names no numerics. Anything of vLLM that is
+    not where it was in the version this was checked against is one warning, and vLLM's own
+    behaviour.
+    """
+    logger = logging.getLogger("vllm.phi4_fp8_cpu")  # below "vllm", whose handlers vLLM sets up
+    wanted = requested_numerics()
+    try:
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cpu():
+            return
+        _permit_amx()
+        kernel = kernel_class(wanted or ("w8a16" if _has_packed_gemm() else "w8a8"))
+        _register_kernel(kernel)
+        _warn_of_other_version(logger)
+    except (ImportError, AttributeError, KeyError, TypeError) as moved:
+        logger.warning(
+            "The CPU FP8 kernel was written for vLLM %s and does not fit this one (%s: %s); "
+            "vLLM's own, much slower kernel is used instead.",
+            CHECKED_VLLM, type(moved).__name__, moved,
+        )
+        return
+    logger.info("FP8 linear layers on this CPU: %s (%s).", kernel.__name__,
+                "PHI4_FP8_CPU_NUMERICS" if wanted else "the default for this CPU")
+
+
+def requested_numerics(environ: dict | None = None) -> str | None:
+    """What PHI4_FP8_CPU_NUMERICS asks for; None when it is not set."""
+    from helpers import WorkbookError
+
+    value = (os.environ if environ is None else environ).get("PHI4_FP8_CPU_NUMERICS", "").strip()
+    if value and value not in NUMERICS:
+        raise WorkbookError(
+            f"PHI4_FP8_CPU_NUMERICS={value} names no numerics.",
+            "It decides how FP8 linear layers are computed on a CPU.",
+            f"Set it to {' or '.join(NUMERICS)}, or leave it out.",
+        )
+    return value or None
+
+
+def _permit_amx() -> None:
+    """Ask Linux for the AMX tile registers, which a process may not touch before it has asked."""
+    import torch
+
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+
+
+def _has_packed_gemm() -> bool:
+    """Whether vLLM's W8A16 GEMM is in the library loaded for this CPU.
+
+    vLLM ships three builds; only the one it loads on a CPU with AVX512-BF16 has the op.
+    """
+    import torch
+    import vllm._custom_ops  # noqa: F401  loads the build that fits this CPU
+
+    return hasattr(torch.ops._C, "fp8_scaled_mm_cpu")
+
+
+def _register_kernel(kernel: type) -> None:
+    """Put `kernel` before vLLM's own FP8 kernels for the CPU.
+
+    `register_linear_kernel` appends, and vLLM takes the first kernel of its list that can do a
+    layer: appended, ours would never be reached. Checked against vLLM 0.32.0.
+    """
+    from vllm.model_executor.kernels import linear
+    from vllm.platforms import PlatformEnum
+
+    kernels = linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CPU]
+    if kernel not in kernels:
+        linear.register_linear_kernel(kernel, PlatformEnum.CPU, "fp8")
+        kernels.insert(0, kernels.pop(kernels.index(kernel)))
+
+
+def _warn_of_other_version(logger) -> None:
+    import vllm
+
+    if vllm.__version__.split("+")[0] != CHECKED_VLLM:
+        logger.warning("The CPU FP8 kernel was checked against vLLM %s; this is %s. If FP8 answers "
+                       "look wrong, set VLLM_PLUGINS='' and compare.",
+                       CHECKED_VLLM, vllm.__version__)
+
+
+# The arithmetic: tensors in, tensors out, no vLLM class.
+
+
+def can_pack(rows: int, columns: int, dtype: torch.dtype) -> bool:
+    """Whether vLLM's W8A16 GEMM is here and takes a [rows, columns] weight and such activations."""
+    import torch
+
+    return (_has_packed_gemm() and dtype in (torch.bfloat16, torch.float16)
+            and rows % _TILE == 0 and columns % _TILE == 0)
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """The [N, K] float8_e4m3fn weight in the order vLLM's W8A16 GEMM reads it; once, at loading."""
+    import torch
+
+    return torch.ops._C.convert_weight_packed(weight)
+
+
+def packed_product(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    """x [M, K] times packed codes [N, K], no scale: [M, N] in x's dtype, summed in float32."""
+    import torch
+
+    rows, columns = packed.shape[0], x.shape[1]
+    ones = _ones(-(-columns // _SCALE_BLOCK_K))
+    return torch.ops._C.fp8_scaled_mm_cpu(
+        x, packed, ones, [rows, _SCALE_BLOCK_K], None, x.dtype, True)
+
+
+@functools.cache
+def _ones(blocks: int) -> torch.Tensor:
+    import torch
+
+    return torch.ones(1, blocks)
+
+
+def upcast(codes: torch.Tensor) -> torch.Tensor:
+    """float8_e4m3fn codes as float32 values times 2^-8, exactly; five times as fast as `.to`.
+
+    The seven bits below the sign are shifted to the top of a float16's exponent and mantissa,
+    where they mean the same number with another bias, subnormals included. The two NaN codes
+    become +-480 / 256.
+    """
+    import torch
+
+    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
+    return bits.bitwise_and_(0xBF80 - 0x10000).view(torch.float16).to(torch.float32)
+
+
+def upcast_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [M, K], any float dtype, times [N, K] float8_e4m3fn codes: float32 [M, N], no scale.
+
+    Both operands are exact in float32; for FP8-valued x, so is each product.
+    """
+    import torch
+
+    x = x.to(torch.float32) * _FLOAT16_READING
+    out = torch.empty(x.shape[0], weight.shape[0])
+    step = max(1, _UPCAST_WEIGHTS // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        torch.mm(x, upcast(weight[rows]).t(), out=out[:, rows])
+    return out
+
+
+def scaled(product: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None,
+           dtype: torch.dtype) -> torch.Tensor:
+    """product * scale + bias, computed in float32 and rounded once to `dtype`.
+
+    product [M, N]; scale float32, [N] or [M, N]; bias [N] or None.
+    """
+    import torch
+
+    if bias is not None:
+        return torch.addcmul(bias.to(torch.float32), product, scale).to(dtype)
+    if product.dtype == dtype:
+        return product.mul_(scale)  # in place: computed in float32, stored as `dtype`
+    return torch.mul(product, scale).to(dtype)
+
+
+@functools.cache
+def kernel_class(numerics: str) -> type:
+    """vLLM's view of the arithmetic above: the linear kernel class for "w8a16" or "w8a8".
+
+    Made on demand because its base class is vLLM's.
+    """
+    import torch
+    from vllm.model_executor.kernels.linear import FP8ScaledMMLinearKernel
+    from vllm.platforms import current_platform
+
+    class PerChannelKernel(FP8ScaledMMLinearKernel):
+        @classmethod
+        def is_supported(cls, compute_capability=None):
+            return (True, None) if current_platform.is_cpu() else (False, "requires a CPU.")
+
+        @classmethod
+        def can_implement(cls, c):
+            if c.weight_quant_key.dtype != torch.float8_e4m3fn:
+                return False, "requires float8_e4m3fn weights."
+            if not c.weight_quant_key.scale.group_shape.is_per_channel():
+                return False, "requires one weight scale per output channel."
+            activation = c.activation_quant_key.scale
+            if activation.static or not activation.group_shape.is_per_token():
+                return False, "requires dynamic per-token activation scales."
+            return True, None
+
+        def process_weights_after_loading(self, layer):
+            # vLLM hands the weight over as a [K, N] view of the checkpoint's [N, K].
+            weight = layer.weight.t().contiguous()
+            if bool(((weight.view(torch.uint8) & 0x7F) == 0x7F).any()):
+                raise ValueError("An FP8 weight of this checkpoint is NaN: quantize it again.")
+            self.packed = numerics == "w8a16" and can_pack(*weight.shape, self.config.input_dtype)
+            weight = pack(weight) if self.packed else weight
+            scale = layer.weight_scale.to(torch.float32).reshape(-1).contiguous()
+            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+            layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
+
+        def apply_weights(self, layer, x, bias=None):
+            x_2d = x.reshape(-1, x.shape[-1])
+            out = self.product(layer, x_2d, bias)
+            return out.view(*x.shape[:-1], out.shape[-1])
+
+        def apply_scaled_mm(self, **_):
+            raise NotImplementedError("apply_weights does it all")
+
+    class CpuFp8W8A16LinearKernel(PerChannelKernel):
+        """FP8 weights, 16-bit activations."""
+
+        def product(self, layer, x, bias):
+            product = (packed_product if self.packed else upcast_product)(x, layer.weight)
+            return scaled(product, layer.weight_scale, bias, x.dtype)
+
+    class CpuFp8W8A8LinearKernel(PerChannelKernel):
+        """FP8 weights, activations quantized to FP8 per token by vLLM's own QuantFP8."""
+
+        def product(self, layer, x, bias):
+            codes, x_scale = self.quant_fp8(x)
+            product = upcast_product(upcast(codes), layer.weight).mul_(_FLOAT16_READING)
+            return scaled(product, layer.weight_scale * x_scale, bias, x.dtype)
+
+    return {"w8a16": CpuFp8W8A16LinearKernel, "w8a8": CpuFp8W8A8LinearKernel}[numerics]
