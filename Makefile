@@ -1,0 +1,47 @@
+# Every target sets up what it needs on first use. `make help` lists them.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& command -v $$p && exit; done; echo python3)
+
+# Nothing here reports home.
+export DO_NOT_TRACK = 1
+export HF_HUB_DISABLE_TELEMETRY = 1
+export VLLM_NO_USAGE_STATS = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup preflight run lab test lint notebooks lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup:  ## make the two environments, if they are not there
+	@command -v $(PYTHON) >/dev/null || { echo "No Python was found. Install Python 3.11 or newer \
+	(on Debian or Ubuntu: apt install python3 python3-venv) and run the same command again." >&2; \
+	exit 1; }
+	@$(PYTHON) scripts/setup.py
+
+preflight: setup  ## what this machine is, and the path it gets
+	@.venv/bin/python -m helpers.hardware
+
+run: setup  ## run every notebook in order; ONLY=05 runs one
+	@.venv/bin/python scripts/run_notebooks.py run $(ONLY)
+
+lab: setup  ## open the notebooks in JupyterLab
+	@.venv/bin/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks
+
+test: setup  ## every test, and every notebook
+	@.venv/bin/python scripts/run_tests.py
+
+lint: setup  ## ruff
+	@.venv/bin/ruff check .
+
+notebooks: export CUDA_VISIBLE_DEVICES =
+notebooks: setup  ## execute the notebooks on the CPU and write them back with their outputs
+	@.venv/bin/python scripts/run_notebooks.py refresh
+
+lock: setup  ## resolve the requirements anew into constraints/
+	@.venv/bin/python scripts/lock.py .uv/bin/uv
+
+clean:  ## remove build/ and caches; the environments and the workspace stay
+	@rm -rf build .pytest_cache .ruff_cache
+	@find . -name __pycache__ -not -path './.venv*' -type d -prune -exec rm -rf {} +

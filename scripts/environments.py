@@ -1,0 +1,326 @@
+"""The two environments, .venv and .venv-serve: what goes in, and making the ones that are missing.
+
+Only the standard library: this runs before anything is installed. An environment is either whole,
+with a stamp that says what it was made from, or it is made anew; uv keeps what was downloaded, so
+making it anew after an interruption costs seconds.
+"""
+
+import ast
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+UV_VERSION = "0.13.9"
+OLDEST_CAPABILITY = (7, 5)  # helpers.hardware says why; an older GPU gets the CPU environments
+GB = 10**9
+CUDA_TORCH = 5 * GB  # what the CUDA build of torch and its packages take beyond the CPU build
+REMEDY = ("Check the network connection, the proxy and the package index that pip is configured "
+          "with (pip config list), then run the same command again: what was downloaded is kept.")
+
+
+class SetupError(Exception):
+    """What stopped the set-up and what to do about it, in a sentence or two."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    folder: Path
+    requirements: Path
+    constraints: Path
+    overrides: Path | None
+    nbytes: int  # on disk, measured for the CPU ones
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin" / "python"
+
+    @property
+    def stamp(self) -> Path:
+        return self.folder / "set-up.stamp"
+
+
+def environments(gpu: bool, repo: Path = REPO) -> list[Environment]:
+    """The notebook environment and the serving environment, for a machine with a GPU or without."""
+    held = repo / "constraints"
+    notebook = (repo / ".venv", repo / "requirements.txt", held / "notebook.txt", None)
+    serve = repo / ".venv-serve"
+    if gpu:
+        return [Environment(*notebook, int(1.7 * GB) + CUDA_TORCH),
+                Environment(serve, repo / "requirements-serve.txt", held / "serve.txt", None,
+                            13 * GB)]
+    return [Environment(*notebook, int(1.7 * GB)),
+            Environment(serve, repo / "requirements-serve-cpu.txt", held / "serve-cpu.txt",
+                        held / "serve-cpu-overrides.txt", int(2.3 * GB))]
+
+
+def fingerprint(env: Environment, repo: Path = REPO) -> str:
+    """The SHA-256 of everything an environment is made from: its lists, Python, place, helpers."""
+    project = tomllib.loads((repo / "pyproject.toml").read_text())
+    parts = [sys.version, str(env.folder),
+             json.dumps([project["project"], project["build-system"]], sort_keys=True)]
+    parts += [f.read_text() for f in (env.requirements, env.constraints, env.overrides) if f]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def is_whole(env: Environment, repo: Path = REPO) -> bool:
+    return (env.python.exists() and env.stamp.exists()
+            and env.stamp.read_text() == fingerprint(env, repo))
+
+
+def usable_gpu() -> bool:
+    """Whether the NVIDIA driver shows a GPU that vLLM can use; CUDA_VISIBLE_DEVICES= hides all."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
+        return False
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return False
+    if nvml.nvmlInit_v2() != 0:
+        return False
+    count, best = ctypes.c_uint(), (0, 0)
+    nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+    for index in range(count.value):
+        device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+        nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device))
+        nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
+        best = max(best, (major.value, minor.value))
+    nvml.nvmlShutdown()
+    return best >= OLDEST_CAPABILITY
+
+
+def require_platform(system: str, machine: str) -> None:
+    if (system, machine) != ("Linux", "x86_64"):
+        raise SetupError(
+            f"This is {system} on {machine}, and vLLM's wheels are for Linux on x86-64. "
+            "Use such a machine, a virtual machine, WSL 2, or a cloud instance.")
+
+
+def require_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise SetupError(
+            f"The environments need about {needed / GB:.0f} GB of disk and {free / GB:.1f} GB are "
+            f"free where this workbook lies ({folder}). Free some space, or move the workbook to a "
+            "larger disk, and run the same command again.")
+
+
+def require_compiler(gpu: bool) -> None:
+    """On a GPU vLLM's Triton kernels are compiled at run time; on a CPU nothing is compiled."""
+    if gpu and not any(shutil.which(cc) for cc in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        raise SetupError(
+            "There is no C compiler, and vLLM needs one on a GPU: Triton builds its kernels with "
+            "it. Install one (on Debian or Ubuntu: apt install build-essential) and run the same "
+            "command again.")
+
+
+def pip_settings(python: Path) -> dict[str, str]:
+    """What pip is configured with, from its files and its environment variables together."""
+    listing = subprocess.run([python, "-m", "pip", "config", "list"],
+                             capture_output=True, text=True).stdout
+    settings: dict[str, str] = {}
+    for line in listing.splitlines():  # in pip's own order of precedence, the strongest last
+        key, _, value = line.partition("=")
+        settings[key.rpartition(".")[2]] = ast.literal_eval(value)
+    return settings
+
+
+def uv_environment(settings: dict[str, str], environ: dict[str, str]) -> dict[str, str]:
+    """Environment variables for uv, which reads none of pip's: index, find-links, certificate."""
+    result = dict(environ, UV_PYTHON_DOWNLOADS="never", UV_NO_PROGRESS="1")
+    result.pop("VIRTUAL_ENV", None)
+    if "find-links" in settings:
+        result.setdefault("UV_FIND_LINKS", ",".join(settings["find-links"].split()))
+    if "index-url" in settings and "UV_INDEX_URL" not in environ:
+        result.setdefault("UV_DEFAULT_INDEX", settings["index-url"])
+    if "cert" in settings:
+        result.setdefault("SSL_CERT_FILE", settings["cert"])
+    return result
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def bootstrap_uv(repo: Path = REPO) -> tuple[Path, dict[str, str]]:
+    """The uv program, installed into .uv/ if it is not there, and its environment variables."""
+    folder = repo / ".uv"
+    python, uv = folder / "bin" / "python", folder / "bin" / "uv"
+    stamp = folder / "set-up.stamp"
+    wanted = f"{UV_VERSION} {sys.version}"
+    if not (uv.exists() and python.exists() and stamp.exists() and stamp.read_text() == wanted):
+        say(f"      uv {UV_VERSION}, which installs the rest")
+        made = subprocess.run([sys.executable, "-m", "venv", "--clear", folder],
+                              capture_output=True, text=True)
+        if made.returncode:
+            raise SetupError(
+                f"{sys.executable} cannot make virtual environments. Install its venv package (on "
+                f"Debian or Ubuntu: apt install python{sys.version_info[0]}.{sys.version_info[1]}"
+                "-venv) and run the same command again.")
+        got = subprocess.run([python, "-m", "pip", "install", "--quiet", "--retries", "1",
+                              "--timeout", "30", "--disable-pip-version-check",
+                              f"uv=={UV_VERSION}"], capture_output=True, text=True)
+        if got.returncode:
+            raise SetupError(
+                f"uv {UV_VERSION} could not be had from the package index "
+                f"({last_line(got.stderr)}). {REMEDY}")
+        stamp.write_text(wanted)
+    return uv, uv_environment(pip_settings(python), dict(os.environ))
+
+
+def last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return re.sub(r"//[^/@\s]*@", "//", lines[-1]) if lines else "no message"
+
+
+def torch_build(uv: Path, environ: dict[str, str], python: Path, gpu: bool) -> list[str]:
+    """uv's arguments for the right build of torch: without a GPU, a CPU build if one can be had.
+
+    First from pip's find-links, then from PyTorch's own index, which uv knows by itself; else
+    PyPI's build, which runs on a CPU as well and is several GB larger.
+    """
+    if gpu:
+        return []
+    version = re.search(r"^torch==(\S+)", (REPO / "requirements.txt").read_text(), re.M)[1]
+    wanted = f"torch=={version}+cpu"
+    quick = dict(environ, UV_HTTP_RETRIES="0", UV_HTTP_TIMEOUT="20")
+    for source, flags in (("pip's find-links", []),
+                          ("PyTorch's index", ["--torch-backend", "cpu"])):
+        if not flags and "UV_FIND_LINKS" not in environ:
+            continue
+        probe = [uv, "pip", "install", "--dry-run", "--no-deps", "--python", python, *flags, wanted]
+        if subprocess.run(probe, env=quick, capture_output=True).returncode == 0:
+            say(f"      torch {version}: the CPU build from {source}")
+            return [*flags, wanted]
+    say(f"      torch {version}: PyPI's build, several GB, because no CPU build is to be had")
+    return []
+
+
+def watch(process: subprocess.Popen, what: str, nbytes: int) -> None:
+    """While uv runs, say how much of about how much it has written, on one line or now and then."""
+    started, said = time.monotonic(), 0.0
+    tty = sys.stdout.isatty()
+    while process.poll() is None:
+        time.sleep(0.2)
+        elapsed = time.monotonic() - started
+        if elapsed - said < (1 if tty else 10):
+            continue
+        said = elapsed
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it has just ended
+            io = Path(f"/proc/{process.pid}/io").read_text()
+            written = int(re.search(r"^write_bytes: (\d+)", io, re.M)[1])
+            line = (f"      {what}: {elapsed:.0f} s, {written / GB:.1f} of about {nbytes / GB:.1f} "
+                    "GB written")
+            print(f"\r{line}\033[K" if tty else line, end="" if tty else "\n", flush=True)
+    if tty:
+        print("\r\033[K", end="", flush=True)
+
+
+def run_uv(command: list, environ: dict[str, str], what: str, nbytes: int = 0) -> None:
+    process = subprocess.Popen(command, env=environ, text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    errors: list[str] = []
+    reader = threading.Thread(target=lambda: errors.extend(process.stderr))
+    reader.start()
+    try:
+        watch(process, what, nbytes)
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        reader.join()
+    if process.returncode:
+        message = re.sub(r"//[^/@\s]*@", "//", "".join(errors[-12:])).strip()
+        raise SetupError(f"{what} could not be installed; uv said:\n\n{message}\n\n{REMEDY}")
+
+
+def install(env: Environment, uv: Path, environ: dict[str, str], torch: list[str]) -> None:
+    """Make an environment anew; its stamp is written last, so a broken-off one is never used."""
+    what = env.folder.name
+    run_uv([uv, "pip", "install", "--python", env.python, "-r", env.requirements,
+            "-c", env.constraints, *(["--overrides", env.overrides] if env.overrides else []),
+            *torch], environ, what, env.nbytes)
+    run_uv([uv, "pip", "install", "--python", env.python, "--no-deps", "-e", REPO], environ, what)
+    if env.folder.name == ".venv":
+        no_announcements(env.folder)
+    env.stamp.write_text(fingerprint(env))
+
+
+def no_announcements(folder: Path) -> None:
+    """JupyterLab asks the network for news and updates unless this extension is disabled."""
+    config = folder / "etc" / "jupyter" / "labconfig" / "page_config.json"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    extension = "@jupyterlab/apputils-extension:announcements"
+    config.write_text(json.dumps({"disabledExtensions": {extension: True}}))
+
+
+def set_up() -> None:
+    gpu = usable_gpu()
+    missing = [env for env in environments(gpu) if not is_whole(env)]
+    if not missing:
+        return
+    require_platform(platform.system(), platform.machine())
+    require_compiler(gpu)
+    require_disk(REPO, sum(env.nbytes for env in missing) + GB)
+    started = time.monotonic()
+    say(f"Setting up for {'an NVIDIA GPU' if gpu else 'a machine without a GPU'}, with Python "
+        f"{platform.python_version()}: {' and '.join(env.folder.name for env in missing)}. "
+        "This happens once.")
+    steps = len(missing) + 1
+    say(f"[1/{steps}] tools")
+    uv, environ = bootstrap_uv()
+    for env in missing:
+        run_uv([uv, "venv", "--quiet", "--clear", "--python", sys.executable, env.folder], environ,
+               env.folder.name)
+    torch = torch_build(uv, environ, missing[0].python, gpu)
+    if not gpu and not torch:
+        require_disk(REPO, sum(env.nbytes + CUDA_TORCH for env in missing) + GB)
+    for step, env in enumerate(missing, start=2):
+        packages = sum("==" in line for line in env.constraints.read_text().splitlines())
+        say(f"[{step}/{steps}] {env.folder.name}: about {packages} packages, "
+            f"{env.nbytes / GB:.1f} GB on disk")
+        install(env, uv, environ, torch)
+    say(f"Set up in {time.monotonic() - started:.0f} s.\n")
+
+
+def preflight(show: bool) -> int:
+    """Run the preflight in .venv; its lines are shown if asked for or if one of them is a FAIL."""
+    python = environments(gpu=False)[0].python
+    result = subprocess.run([python, "-m", "helpers.hardware"], capture_output=True, text=True)
+    if show or result.returncode:
+        say(result.stdout + result.stderr)
+    return result.returncode
+
+
+def main() -> int:
+    try:
+        with open(REPO / ".set-up.lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say("Another set-up is at work here; waiting for it.")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            before = [is_whole(env) for env in environments(usable_gpu())]
+            set_up()
+        return preflight(show=not all(before))
+    except SetupError as error:
+        print(f"\nSet-up stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nSet-up interrupted. The same command goes on from here: what was downloaded is "
+              "kept.", file=sys.stderr)
+        return 130
