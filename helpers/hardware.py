@@ -175,9 +175,12 @@ def serving_path(machine: Machine) -> ServingPath:
         "the FP8 products exactly, and slowly")
 
 
+def capability(gpu: Gpu) -> str:
+    return "{}.{}".format(*gpu.compute_capability)
+
+
 def _gpu_path(gpu: Gpu) -> ServingPath:
-    capability = "{}.{}".format(*gpu.compute_capability)
-    has = f"{gpu.name} has compute capability {capability}"
+    has = f"{gpu.name} has compute capability {capability(gpu)}"
     if gpu.compute_capability >= W8A8_CAPABILITY:
         return ServingPath("gpu-w8a8", "cuda", "W8A8 on the GPU",
                            f"{has} (8.9 or newer): FP8 weights and activations on tensor cores")
@@ -196,12 +199,12 @@ def preflight() -> list[Check]:
     path = serving_path(machine)
     gpus = "; ".join(
         f"{gpu.name}, {gpu.memory_bytes / GB:.0f} GB, compute capability "
-        f"{'.'.join(map(str, gpu.compute_capability))}, driver {gpu.driver}" for gpu in machine.gpus)
+        f"{capability(gpu)}, driver {gpu.driver}" for gpu in machine.gpus)
     return [
         Check((3, 11) <= sys.version_info[:2] <= (3, 13), "Python",
               f"{machine.python} (3.11 to 3.13 will do)"),
         _enough("disk", machine.disk_free_bytes, NEEDED_DISK, "free some space"),
-        _enough("RAM", machine.ram_bytes, NEEDED_RAM, "close other programs or use a larger machine"),
+        _enough("RAM", machine.ram_bytes, NEEDED_RAM, "use a larger machine"),
         Check(True, "CPU", f"{machine.cpu_model}, {machine.cores} cores; bf16 products: "
               + (", ".join(sorted(machine.cpu_features & BF16_FEATURES)) or "none")),
         Check(True, "GPU", gpus or "none" + (f": {machine.note}" if machine.note else "")),
@@ -231,7 +234,8 @@ def _compiler(path: ServingPath) -> Check:
 def _versions(name: str, environment: Path, packages: Sequence[str]) -> Check:
     """The versions of `packages` in a virtual environment, read without starting its Python."""
     folders = [str(folder) for folder in environment.glob("lib/python3*/site-packages")]
-    found = {dist.name.lower(): dist.version for dist in metadata.distributions(path=folders)}
+    found = {dist.name.lower().replace("_", "-"): dist.version
+             for dist in metadata.distributions(path=folders)}
     have = [f"{package} {found[package]}" for package in packages if package in found]
     if not have:
         return Check(False, name, f"nothing in {environment.name}: run `make setup`")

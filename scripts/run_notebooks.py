@@ -1,0 +1,159 @@
+"""Execute the notebooks in order: `run [05]` into build/, `refresh` back into notebooks/."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbformat import NotebookNode
+from notebook_outputs import clean, code_cells
+
+REPO = Path(__file__).resolve().parent.parent
+NOTEBOOKS = REPO / "notebooks"
+BUILD = REPO / "build"
+
+
+class NotebookStopped(Exception):
+    """Which notebook stopped, in which cell, with what error: one paragraph."""
+
+
+def notebooks(only: str = "") -> list[Path]:
+    """The notebooks in order, or the ones whose name begins with `only`."""
+    found = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+    chosen = [path for path in found if path.name.startswith(only)]
+    if not chosen:
+        names = ", ".join(path.name[:2] for path in found) or "none at all"
+        raise NotebookStopped(f"No notebook's name begins with {only!r}. There are: {names}.")
+    return chosen
+
+
+def execute(source: Path, target: Path, label: str) -> NotebookNode:
+    """Execute one notebook in a fresh kernel and write it, as far as it got, to `target`.
+
+    Its working directory is the notebooks' own. Raises `NotebookStopped` when a cell fails.
+    """
+    nb = nbformat.read(source, as_version=4)
+    cells, tty, started = code_cells(nb), sys.stdout.isatty(), time.monotonic()
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+
+    def begin(cell: NotebookNode, cell_index: int) -> None:
+        if tty and cell in cells:
+            at = f"cell {cells.index(cell) + 1} of {len(cells)}"
+            print(f"\r{label}  {at}, {time.monotonic() - started:.0f} s\033[K", end="", flush=True)
+
+    print(label, end="" if tty else "\n", flush=True)
+    client = NotebookClient(nb, timeout=None, kernel_name="python3", record_timing=False,
+                            resources={"metadata": {"path": str(source.parent)}},
+                            on_cell_start=begin)
+    state = "failed"
+    try:
+        client.execute()
+        state = "done"
+    except (CellExecutionError, DeadKernelError) as error:
+        raise NotebookStopped(paragraph(source.name, nb, error, target)) from None
+    finally:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nb, target)
+        print(f"\r{label}  {state} in {time.monotonic() - started:.0f} s" + "\033[K" * tty,
+              flush=True)
+    return nb
+
+
+def paragraph(name: str, nb: NotebookNode, error: Exception, target: Path) -> str:
+    """What happened in which cell of which notebook, without a traceback."""
+    cells = code_cells(nb)
+    failed = next((i for i, cell in enumerate(cells)
+                   if any(o.output_type == "error" for o in cell.outputs)), None)
+    if failed is None:  # the kernel died: the last cell that it had begun
+        failed = max((i for i, c in enumerate(cells) if c.execution_count or c.outputs), default=0)
+    if isinstance(error, CellExecutionError):
+        what = f"{error.ename}: {error.evalue}"
+    else:
+        what = ("The kernel died. Most often that is the system ending it for want of memory: "
+                "close other programs, or choose a smaller model with PHI4_FP8_PROFILE.")
+    first = cells[failed].source.strip().splitlines()[0]
+    return (f"{name} stopped at code cell {failed + 1} of {len(cells)}, which begins `{first}`.\n"
+            f"{what}\nThe notebook as far as it got: {shown(target)}")
+
+
+def shown(path: Path) -> str:
+    return str(path.relative_to(REPO)) if path.is_relative_to(REPO) else str(path)
+
+
+def page(executed: list[Path]) -> str:
+    """One HTML page of executed notebooks, with a table of contents; links between them kept."""
+    from nbconvert import HTMLExporter
+
+    whole = nbformat.v4.new_notebook()
+    contents = []
+    for path in executed:
+        nb = nbformat.read(path, as_version=4)
+        clean(nb, {})
+        title = next((line[2:] for cell in nb.cells for line in cell.source.splitlines()
+                      if line.startswith("# ")), path.stem)
+        contents.append(f"- [{title}](#{path.stem})")
+        whole.cells.append(nbformat.v4.new_markdown_cell(f'<hr><a id="{path.stem}"></a>'))
+        for cell in nb.cells:
+            cell.id = f"{path.stem[:2]}-{cell.id}"
+            if cell.cell_type == "markdown":
+                cell.source = re.sub(r"\]\((\d\d_\w+)\.ipynb(#[^)]*)?\)", r"](#\1)", cell.source)
+        whole.cells += nb.cells
+        for mime, state in nb.metadata.get("widgets", {}).items():
+            merged = whole.metadata.setdefault("widgets", {}).setdefault(mime, state)
+            merged["state"].update(state["state"])
+    heading = "# The Phi-4 FP8 workbook\n\n" + "\n".join(contents)
+    whole.cells.insert(0, nbformat.v4.new_markdown_cell(heading))
+    name = {"metadata": {"name": "The Phi-4 FP8 workbook"}}
+    return HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(
+        whole, resources=name)[0]
+
+
+def run(only: str = "") -> None:
+    """Execute into build/notebooks/, write build/workbook.html, print the closing table."""
+    chosen, started = notebooks(only), time.monotonic()
+    for i, path in enumerate(chosen, start=1):
+        execute(path, BUILD / "notebooks" / path.name, f"[{i}/{len(chosen)}] {path.name}")
+    (BUILD / "workbook.html").write_text(page(sorted((BUILD / "notebooks").glob("[0-9]*.ipynb"))))
+    print(f"\n{len(chosen)} notebook(s) in {time.monotonic() - started:.0f} s. Executed: "
+          "build/notebooks/; all on one page: build/workbook.html\n", flush=True)
+    subprocess.run([sys.executable, "-m", "helpers.report"], cwd=REPO, check=True)
+
+
+def refresh() -> None:
+    """Execute all on the bundled model in a workspace of their own, clean them, write them back."""
+    workspace = BUILD / "refresh-workspace"
+    shutil.rmtree(workspace, ignore_errors=True)
+    os.environ.update(PHI4_FP8_WORKSPACE=str(workspace), PHI4_FP8_PROFILE="tiny-phi4")
+    places = {workspace: "workspace", REPO: "", Path.home(): "~"}
+    chosen, fresh = notebooks(), {}
+    for i, path in enumerate(chosen, start=1):
+        target = BUILD / "refreshed" / path.name
+        fresh[path] = execute(path, target, f"[{i}/{len(chosen)}] {path.name}")
+    for path, nb in fresh.items():  # only when all have run
+        clean(nb, places)
+        nbformat.write(nb, path)
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        {"run": run, "refresh": refresh}[arguments[0]](*arguments[1:])
+    except NotebookStopped as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted. What was made so far is kept; the same command goes on from it.",
+              file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

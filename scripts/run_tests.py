@@ -1,0 +1,102 @@
+"""Every test and every notebook in one pytest run, in a workspace of its own."""
+
+import os
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+from nbmake.nb_result import NotebookError, NotebookResult
+from nbmake.pytest_items import NotebookFailedException, NotebookItem
+from notebook_outputs import code_cells
+from run_notebooks import BUILD, REPO, notebooks
+
+LIMIT = 600  # seconds for each notebook; on two cores the longest takes about a quarter of it
+
+
+class NotebookRuns:
+    """A pytest plugin: a time limit for each notebook, proof that its code ran, and a table."""
+
+    def __init__(self, expected: list[str], limit: float = LIMIT):
+        self.expected, self.limit = expected, limit
+        self.seconds: dict[str, float] = {}
+        self.passed: set[str] = set()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        if not isinstance(item, NotebookItem):
+            return (yield)
+        started = time.monotonic()
+        timer = threading.Timer(self.limit, end_kernels)
+        timer.start()
+        try:
+            result = yield
+        except Exception:
+            if time.monotonic() - started >= self.limit:
+                fail(item, f"{item.name} took more than {self.limit:.0f} s and was stopped.")
+            raise
+        finally:
+            timer.cancel()
+            self.seconds[item.name] = time.monotonic() - started
+        cells = code_cells(nbformat.read(item.path, as_version=4))
+        if not cells or not all(cell.execution_count for cell in cells):
+            fail(item, f"{item.name} ended without having run all its code.")
+        self.passed.add(item.name)
+        return result
+
+    def pytest_sessionfinish(self, session):
+        if set(self.expected) - self.passed:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        terminalreporter.section("notebooks")
+        for name in self.expected:
+            took = f"{self.seconds[name]:6.1f} s" if name in self.seconds else "did not run"
+            state = "passed" if name in self.passed else "FAILED"
+            terminalreporter.write_line(f"{name:<36}{took}  {state}")
+
+
+def fail(item: NotebookItem, why: str) -> None:
+    nb = nbformat.read(item.path, as_version=4)
+    raise NotebookFailedException(NotebookResult(nb=nb, error=NotebookError(why, why, 0)))
+
+
+def end_kernels() -> None:
+    """Kill the notebook's kernel; nbclient then ends the run. Nothing else starts kernels then."""
+    for child in psutil.Process().children(recursive=True):
+        if "ipykernel_launcher" in " ".join(child.cmdline()):
+            child.kill()
+
+
+def blank_copies(sources: list[Path], folder: Path) -> None:
+    """The notebooks without outputs and counts, so that a count proves that a cell was run."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for source in sources:
+        nb = nbformat.read(source, as_version=4)
+        for cell in nb.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        nbformat.write(nb, folder / source.name)
+
+
+def main() -> int:
+    workspace, copies = BUILD / "test-workspace", BUILD / "test-notebooks"
+    shutil.rmtree(workspace, ignore_errors=True)
+    os.environ["PHI4_FP8_WORKSPACE"] = str(workspace)
+    os.environ.setdefault("PHI4_FP8_PROFILE", "tiny-phi4")
+    sources = notebooks()
+    blank_copies(sources, copies)
+    # The notebooks first: the servers that the tests share would stay up beside them.
+    return pytest.main(
+        [str(copies), str(REPO / "tests"), "--nbmake", "--overwrite", f"--nbmake-timeout={LIMIT}",
+         "--durations=10", "-q"],
+        plugins=[NotebookRuns([path.name for path in sources])])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
