@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
-from helpers import WorkbookError, workspace
+from helpers import WorkbookError, serving, statistics, workspace
 
 GSM8K_VARIABLE = "PHI4_FP8_GSM8K"
 FILTERS = ("strict-match", "flexible-extract")
@@ -197,10 +197,11 @@ def watched(server, arm: str):
         progress.finish()
     except (aiohttp.ClientError, requests.RequestException, TimeoutError) as error:
         raise WorkbookError(
-            f"The {arm} server at {server.url} did not answer a request: {error}.",
-            f"{progress.done} of {progress.total} answers had arrived, and they are kept.",
-            f"See {server.log_path} for what happened, start the server again and run this cell "
-            "again: only the missing rows are asked for.") from None
+            f"The {arm} server did not answer a request: {error}.",
+            f"{serving.explain(server.log())[0]} {progress.done} of {progress.total} answers had "
+            "arrived, and they are kept.",
+            "Start the server again and run this cell again: only the missing rows are asked for. "
+            f"The server's log is {server.log_path}.") from None
     except (ConnectionError, DatasetsError) as error:
         raise WorkbookError(
             f"The gsm8k data set could not be had: {error}",
@@ -379,15 +380,22 @@ def run(server, profile, arm: str, limit: int | None = 100, **protocol) -> Evalu
 
 
 def ledger_row(evaluation: Evaluation) -> dict:
-    """`work` and `metrics` of an evaluation, as the ledger keeps them."""
+    """`work` and `metrics` of an evaluation, as the ledger keeps them.
+
+    `metrics`: by filter, exact_match (`value`), its `stderr`, and its 95 % Wilson interval.
+    """
     same = ("version", "num_fewshot", "max_new_tokens", "bos", "chat")
     return {
         "work": {"task": evaluation.task, "limit": evaluation.n,
                  **{key: evaluation.config[key] for key in same}},
-        "metrics": {f"{name}{suffix}": value
-                    for name, pair in evaluation.results.items()
-                    for suffix, value in zip(("", "_stderr"), pair, strict=True)},
+        "metrics": {name: _metric(evaluation, name) for name in FILTERS},
     }
+
+
+def _metric(evaluation: Evaluation, name: str) -> dict[str, float]:
+    value, stderr = evaluation.results[name]
+    interval = statistics.wilson(correct(evaluation, name))
+    return {"value": value, "stderr": stderr, "low": interval.low, "high": interval.high}
 
 
 def print_table(*evaluations: Evaluation) -> None:

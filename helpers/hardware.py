@@ -162,7 +162,7 @@ def serving_path(machine: Machine) -> ServingPath:
     """
     if machine.gpus:
         gpu = max(machine.gpus, key=lambda g: (g.compute_capability, g.memory_bytes))
-        return _gpu_path(gpu)
+        return gpu_path(gpu)
     matrix = sorted(machine.cpu_features & BF16_FEATURES)
     if matrix:
         return ServingPath(
@@ -179,7 +179,8 @@ def capability(gpu: Gpu) -> str:
     return "{}.{}".format(*gpu.compute_capability)
 
 
-def _gpu_path(gpu: Gpu) -> ServingPath:
+def gpu_path(gpu: Gpu) -> ServingPath:
+    """How one GPU serves FP8, by its compute capability."""
     has = f"{gpu.name} has compute capability {capability(gpu)}"
     if gpu.compute_capability >= W8A8_CAPABILITY:
         return ServingPath("gpu-w8a8", "cuda", "W8A8 on the GPU",

@@ -1,0 +1,122 @@
+"""What every notebook opens with: this machine, its path, its model, and what they make.
+
+`Course` makes what a notebook needs and does not find, so that any of them can be opened first.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers import evaluation, hardware, ledger, models, quantize, serving, throughput, workspace
+from helpers.hardware import Machine, ServingPath
+from helpers.models import Profile
+
+GSM8K_ROWS = 100
+OUTPUT_TOKENS = 500
+
+
+@dataclass(frozen=True)
+class Course:
+    machine: Machine
+    path: ServingPath
+    profile: Profile
+
+    def base(self) -> Path:
+        """The base model's directory, fetched and checked."""
+        return models.obtain(self.profile)
+
+    def fp8(self) -> Path:
+        """The FP8 checkpoint's directory, made and verified if it is not there."""
+        return quantize.fp8_checkpoint(self.profile, self.base())
+
+    def plan(self):
+        """Disk and memory that each step of this path needs, as a DataFrame of strings."""
+        import pandas as pd
+
+        def size(nbytes: int) -> str:
+            return f"{nbytes / 1e9:.1f} GB" if nbytes > 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+        where = "GPU memory" if self.path.device == "cuda" else "RAM"
+        bf16, fp8 = size(self.profile.bf16_bytes), size(self.profile.fp8_bytes)
+        rows = [
+            ("01 load", bf16 if self.profile.source == "hub" else "0 MB", f"{bf16} {where}"),
+            ("02 quantize", fp8, f"{bf16} RAM"),
+            ("03 inspect", "0 MB", "one tensor at a time"),
+            ("04 serve", "0 MB", f"{fp8} {where} and the KV cache"),
+            ("05 gsm8k", "a few MB of answers", f"{bf16} {where} and the KV cache"),
+            ("06 throughput", "0 MB", f"{bf16} {where} and the KV cache"),
+        ]
+        return pd.DataFrame(rows, columns=["notebook", "writes to disk", "weights in memory"])
+
+    def record(self, experiment: str, arm: str, checkpoint: Path, work: dict, metrics: dict,
+               kernel: str = "") -> dict:
+        """Append a result to the ledger with this course's model, path and checkpoint."""
+        whole = workspace.is_whole(checkpoint)
+        return ledger.record(
+            experiment, arm, work, metrics,
+            model=models.model_info(self.profile), path=self.path.key, kernel=kernel,
+            checkpoint=workspace.fingerprint(checkpoint) if whole else "",
+        )
+
+    def measure_what_is_missing(self) -> None:
+        """Run the measurements of notebooks 05 and 06 that the ledger lacks for this model."""
+        lacking = [e for e in ("gsm8k", "throughput")
+                   if any(ledger.latest(e, arm, self.profile.name) is None
+                          for arm in ("bf16", "fp8"))]
+        if not lacking:
+            return
+        print(f"Not in the ledger yet: {', '.join(lacking)}. Measuring now, a few minutes.")
+        arms = {"bf16": self.base(), "fp8": self.fp8()}
+        if "gsm8k" in lacking:
+            self._measure_gsm8k(arms)
+        if "throughput" in lacking:
+            self._measure_throughput(arms)
+
+    def _measure_gsm8k(self, arms: dict[str, Path]) -> None:
+        flags = serving.default_flags(self.profile, self.path)
+        for arm, model in arms.items():
+            with serving.VllmServer(model, flags) as server:
+                score = evaluation.run(server, self.profile, arm, limit=GSM8K_ROWS)
+                self.record("gsm8k", arm, model, kernel=server.kernel,
+                            **evaluation.ledger_row(score))
+
+    def _measure_throughput(self, arms: dict[str, Path]) -> None:
+        flags = throughput.benchmark_flags(output_tokens=OUTPUT_TOKENS, concurrency=1, prompts=1)
+        rounds = throughput.compare(arms, self.profile, self.path, flags, rounds=3)
+        for arm, model in arms.items():
+            self.record("throughput", arm, model, kernel=throughput.kernel(rounds, arm),
+                        work={"output_tokens": OUTPUT_TOKENS, "concurrency": 1, "rounds": 3},
+                        metrics=throughput.summary(rounds, arm))
+
+    def __repr__(self) -> str:
+        note = f"\nnote     {self.machine.note}" if self.machine.note else ""
+        gpus = ", ".join(gpu.name for gpu in self.machine.gpus) or "none"
+        return (
+            f"machine  {self.machine.cpu_model}, {self.machine.cores} cores, "
+            f"{self.machine.ram_bytes / 2**30:.0f} GiB RAM; GPU: {gpus}\n"
+            f"path     {self.path.title}: {self.path.why}\n"
+            f"model    {self.profile.title}, {self.profile.parameters:,} parameters, "
+            f"task {self.profile.task}{note}"
+        )
+
+
+def open_course() -> Course:
+    """Look at the machine, choose its path and the best model that fits it.
+
+    Raises `WorkbookError` when the machine has a GPU that vLLM cannot use for FP8, when
+    PHI4_FP8_PROFILE names no profile, or when the profile does not fit.
+    """
+    machine = hardware.detect()
+    return Course(machine, hardware.serving_path(machine), models.choose(machine))
+
+
+def first_question(profile: Profile) -> str:
+    """A question the model has not been trained on: the first test problem of its task.
+
+    The bundled task's first test row; for real models, a problem of our own in GSM8K's manner.
+    """
+    if profile.task == "tiny_gsm8k":
+        with open(workspace.data("tiny_gsm8k", "test.jsonl")) as lines:
+            return json.loads(next(lines))["question"]
+    return ("A bakery packs 12 rolls in a bag. Mia buys 4 bags and eats 6 rolls. She shares the "
+            "rest equally with her two brothers. How many rolls does each of the three get?")

@@ -1,0 +1,226 @@
+"""The models this workbook knows, which of them fits this machine, and how each is obtained."""
+
+import json
+import os
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from helpers import WorkbookError, checkpoint, workspace
+from helpers.hardware import Machine, serving_path
+
+VARIABLE = "PHI4_FP8_PROFILE"
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.json", "LICENSE*"]
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Beside its weights a server needs room for activations and a KV cache worth having.
+HEADROOM = 1.15
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A model and what has to be known before it is there.
+
+    `source`: "hub", "bundled" or "directory"; `path`: its directory unless it comes from the hub;
+    `revision`: the pinned commit; bytes are of tensor data; `task`: the lm-eval task it is scored
+    on.
+    """
+
+    name: str
+    title: str
+    repo: str
+    revision: str
+    licence: str
+    source: str
+    parameters: int
+    bf16_bytes: int
+    fp8_bytes: int
+    task: str
+    max_model_len: int
+    path: Path | None = None
+
+
+# Bytes follow from the two config.json files (helpers.roofline derives them; a test compares).
+PHI4 = Profile(
+    name="phi-4", title="Microsoft Phi-4 (14.7B)", repo="microsoft/phi-4",
+    revision="187ef0342fff0eb3333be9f00389385e95ef0b61", licence="MIT", source="hub",
+    parameters=14_659_507_200, bf16_bytes=29_319_014_400, fp8_bytes=15_691_827_200,
+    task="gsm8k", max_model_len=4096)
+PHI4_MINI = Profile(
+    name="phi-4-mini", title="Microsoft Phi-4-mini-instruct (3.8B)",
+    repo="microsoft/Phi-4-mini-instruct", revision="cfbefacb99257ffa30c83adab238a50856ac3083",
+    licence="MIT", source="hub", parameters=3_836_021_760, bf16_bytes=7_672_043_520,
+    fp8_bytes=4_452_587_520, task="gsm8k", max_model_len=4096)
+
+
+def tiny() -> Profile:
+    """The bundled model, its sizes read from its own file."""
+    return _of_directory(
+        workspace.data("tiny_phi4"), name="tiny-phi4", title="the bundled model of Phi-4's "
+        "architecture", repo="bundled/tiny-phi4", licence="MIT", source="bundled",
+        task="tiny_gsm8k")
+
+
+def __getattr__(name: str):
+    # Sizes of the bundled model are read when somebody asks, so that importing stays cheap.
+    if name == "PROFILES":
+        return {"phi-4": PHI4, "phi-4-mini": PHI4_MINI, "tiny-phi4": tiny()}
+    raise AttributeError(name)
+
+
+def _of_directory(path: Path, **known) -> Profile:
+    tensors = checkpoint.census(path)
+    fp8 = checkpoint.predict_fp8(tensors)
+    config = json.loads((path / "config.json").read_text())
+    return Profile(
+        revision=_revision(path), path=path,
+        parameters=sum(prod(t.shape) for t in tensors),
+        bf16_bytes=checkpoint.total_bytes(tensors), fp8_bytes=checkpoint.total_bytes(fp8),
+        max_model_len=min(2048 if known["task"] == "tiny_gsm8k" else 4096,
+                          config.get("max_position_embeddings", 4096)), **known)
+
+
+def _revision(path: Path) -> str:
+    """A name for these very bytes: the manifest's fingerprint where there is one."""
+    whole = workspace.is_whole(path)
+    return "sha256:" + workspace.fingerprint(path)[:16] if whole else "unversioned"
+
+
+def directory_profile(path: Path) -> Profile:
+    """A profile of a directory of safetensors; raises `WorkbookError` when it is not usable."""
+    check_directory(path)
+    config = json.loads((path / "config.json").read_text())
+    # The bundled model's vocabulary is its mark: no model of the world has so small a one.
+    tiny_like = config.get("vocab_size", 0) <= 1024
+    return _of_directory(path.resolve(), name=path.resolve().name, title=f"the model {path.name}",
+                         repo=str(config.get("_name_or_path") or path.name),
+                         licence="that of the directory's model", source="directory",
+                         task="tiny_gsm8k" if tiny_like else "gsm8k")
+
+
+def choose(machine: Machine, name: str | None = None) -> Profile:
+    """The profile `name`, or PHI4_FP8_PROFILE, or the best that fits `machine`.
+
+    `name` may be a directory. Raises `WorkbookError` for an unknown name, or a model that does
+    not fit the machine.
+    """
+    name = name or os.environ.get(VARIABLE) or ""
+    profiles = {"phi-4": PHI4, "phi-4-mini": PHI4_MINI}
+    if name and Path(name).is_dir():
+        return directory_profile(Path(name))
+    if name == "tiny-phi4":
+        return tiny()
+    if name and name not in profiles:
+        raise WorkbookError(
+            f"There is no profile {name!r}, and no directory of that name.",
+            f"{VARIABLE} chooses the model that the notebooks work on.",
+            f"Set it to {', '.join(profiles)}, tiny-phi4 or a directory of safetensors, or unset "
+            "it to get the best that fits.")
+    if name:
+        _require_fit(profiles[name], machine)
+        return profiles[name]
+    for profile in profiles.values():
+        if serving_path(machine).device == "cuda" and fits(profile.fp8_bytes, machine):
+            return profile
+    return tiny()
+
+
+def memory(machine: Machine) -> int:
+    """Bytes that weights can be put in: of the largest GPU, or the RAM where there is none."""
+    if serving_path(machine).device == "cuda":
+        return max(gpu.memory_bytes for gpu in machine.gpus)
+    return machine.ram_bytes
+
+
+def fits(weights: int, machine: Machine) -> bool:
+    """Whether `weights` bytes can be served on `machine`, with 15 % for everything else."""
+    return weights * HEADROOM <= memory(machine)
+
+
+def _require_fit(profile: Profile, machine: Machine) -> None:
+    if fits(profile.fp8_bytes, machine):
+        return
+    where = "the GPU" if serving_path(machine).device == "cuda" else "this machine's RAM"
+    raise WorkbookError(
+        f"{profile.title} needs {profile.fp8_bytes * HEADROOM / 1e9:.1f} GB for FP8 weights and "
+        f"a KV cache, and {where} has {memory(machine) / 1e9:.1f} GB.",
+        "It could be downloaded and quantized, but not served here.",
+        f"Unset {VARIABLE} to get the largest model that fits, or use a larger machine.")
+
+
+def obtain(profile: Profile) -> Path:
+    """The directory of the profile's 16-bit safetensors, fetched if need be, and checked.
+
+    From the hub: the pinned revision, safetensors and tokenizer files only, into the Hugging Face
+    cache (HF_HOME). Raises `WorkbookError` when it cannot be had or is not whole.
+    """
+    path = profile.path if profile.source != "hub" else _download(profile)
+    check_directory(path)
+    return path
+
+
+def _download(profile: Profile) -> Path:
+    from huggingface_hub import constants, errors, snapshot_download
+    from requests import RequestException
+
+    what = {"repo_id": profile.repo, "revision": profile.revision, "allow_patterns": HUB_FILES}
+    try:
+        return Path(snapshot_download(**what, local_files_only=True))
+    except errors.LocalEntryNotFoundError:
+        pass  # not in the cache, or not all of it
+    workspace.require_disk(Path(constants.HF_HUB_CACHE), profile.bf16_bytes,
+                           f"Downloading {profile.repo}")
+    try:
+        return Path(snapshot_download(**what))
+    except errors.GatedRepoError as error:
+        raise _unobtainable(profile, "its owner asks for an agreement first",
+                            "accept it on the model's page and run `hf auth login`") from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise _unobtainable(profile, "the hub does not know it",
+                            "check HF_ENDPOINT, and HF_TOKEN if it is private") from error
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled,
+            RequestException, OSError) as error:
+        raise _unobtainable(profile, f"the hub did not answer ({type(error).__name__})",
+                            "check the network (and HF_ENDPOINT, HF_HUB_OFFLINE)") from error
+
+
+def _unobtainable(profile: Profile, why: str, remedy: str) -> WorkbookError:
+    return WorkbookError(
+        f"{profile.repo} at {profile.revision[:8]} could not be downloaded: {why}.",
+        "What had arrived is kept; the download goes on from there.",
+        f"{remedy[0].upper()}{remedy[1:]}, or set {VARIABLE} to a directory that holds the model, "
+        "or to tiny-phi4, which is bundled.")
+
+
+def check_directory(path: Path) -> None:
+    """Raise `WorkbookError` unless `path` holds a model this workbook can take.
+
+    That is a config.json, whole safetensors, no pickled weights; and where there is a manifest,
+    every file with its SHA-256.
+    """
+    def refuse(what: str, meaning: str, remedy: str):
+        raise WorkbookError(f"{path}: {what}.", meaning, remedy)
+
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except FileNotFoundError:
+        refuse("there is no config.json", "Without it nobody knows what the weights are for.",
+               "Name a directory as Transformers' save_pretrained writes it.")
+    except ValueError as error:
+        refuse(f"config.json is not JSON ({error})", "It was damaged or half-written.",
+               "Fetch the model again.")
+    if "model_type" not in config:
+        refuse("config.json names no model_type", "It is not a Transformers model.",
+               "Name a directory as Transformers' save_pretrained writes it.")
+    pickles = sorted(f.name for f in path.iterdir() if f.suffix in PICKLES)
+    if pickles:
+        refuse(f"it holds pickled weights ({', '.join(pickles)})",
+               "A pickle can run any code when it is opened, so none is opened here.",
+               "Convert the model to safetensors and remove the pickles.")
+    checkpoint.census(path)
+    if workspace.read_manifest(path) is not None:
+        workspace.verify(path)
+
+
+def model_info(profile: Profile) -> dict:
+    """What the ledger keeps of a profile."""
+    return {"profile": profile.name, "repo": profile.repo, "revision": profile.revision}

@@ -1,0 +1,183 @@
+"""The workbook's pictures: one function a picture, each with alt text, shown in place.
+
+Colours are Okabe and Ito's, which readers with any common colour vision can tell apart
+(https://jfly.uni-koeln.de/color/). Every function draws on white, so that the figure reads the
+same in a light and in a dark theme.
+"""
+
+import base64
+import io
+
+BF16, FP8, THIRD, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
+
+
+def show(figure, alt: str) -> None:
+    """Display `figure` as a PNG that carries `alt` for screen readers, and close it."""
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110, bbox_inches="tight", facecolor="white")
+    plt.close(figure)
+    data = {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": alt}
+    display(data, raw=True, metadata={"image/png": {"alt": alt}})
+
+
+def _axes(width: float = 8, height: float = 3.6, columns: int = 1):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns)
+    for axis in axes if columns > 1 else [axes]:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def decode_ceilings(table) -> None:
+    """Phi-4's decoding ceilings in tokens/s by GPU, with the card's two A40 figures on them.
+
+    `table`: `roofline.gpu_table`, one row a GPU, columns "bf16 ceiling" and "FP8 ceiling".
+    """
+    figure, axis = _axes(height=0.36 * len(table) + 1.2)
+    for row, (name, line) in enumerate(table.iterrows()):
+        axis.barh(row + 0.2, line["bf16 ceiling"], 0.38, color=BF16)
+        axis.barh(row - 0.2, line["FP8 ceiling"], 0.38, color=FP8)
+        if name == "A40":
+            axis.plot([17], [row + 0.2], "D", color="black", ms=6, label="published: 17 and 32")
+            axis.plot([32], [row - 0.2], "D", color="black", ms=6)
+    axis.set_yticks(range(len(table)), table.index)
+    axis.invert_yaxis()
+    axis.barh([0], [0], color=BF16, label="bf16")
+    axis.barh([0], [0], color=FP8, label="FP8")
+    axis.legend(loc="lower right", frameon=False)
+    axis.set_xlabel("ceiling for one stream of Phi-4, tokens/s (bandwidth / bytes per token)")
+    axis.set_title("FP8 raises every GPU's ceiling by the same 1.93x", loc="left")
+    show(figure, f"Bars: the decoding ceiling of Phi-4 in bf16 and FP8 for {len(table)} GPUs; "
+                 "the card's 17 and 32 tokens per second lie at two thirds of the A40's bars.")
+
+
+def bytes_by_role(censuses: dict) -> None:
+    """Share of a model's bytes by role; `censuses` maps a title to `checkpoint.by_role`."""
+    import matplotlib
+
+    figure, axis = _axes(height=0.8 * len(censuses) + 1.3)
+    roles = list(dict.fromkeys(role for table in censuses.values() for role in table.index))
+    colours = dict(zip(roles, matplotlib.colormaps["cividis"].resampled(len(roles)).colors,
+                       strict=True))
+    for row, table in enumerate(censuses.values()):
+        left = 0.0
+        for role, nbytes in table["bytes"].items():
+            share = 100 * nbytes / table["bytes"].sum()
+            label = role if row == 0 else None
+            axis.barh(row, share, left=left, color=colours[role], label=label, edgecolor="white")
+            if share > 4:
+                light = sum(colours[role][:3]) > 1.6
+                axis.text(left + share / 2, row, f"{share:.0f} %", ha="center", va="center",
+                          color="black" if light else "white", fontsize=9)
+            left += share
+    axis.set_yticks(range(len(censuses)), censuses)
+    axis.invert_yaxis()
+    axis.set_xlabel("share of the weights' bytes, %")
+    axis.set_title("Nearly all of a model's bytes are in its Linear layers", loc="left")
+    axis.legend(ncols=len(roles), loc="upper left", bbox_to_anchor=(0, -0.3), frameon=False)
+    show(figure, "Stacked bars: share of bytes by role, for " + " and ".join(censuses) + ".")
+
+
+def number_lines(e4m3) -> None:
+    """Where E4M3 and INT8 put their values when both are scaled to an amax of 1.
+
+    `e4m3`: float tensor [256], the decoded codes, NaN allowed.
+    """
+    import torch
+
+    fine = e4m3[~e4m3.isnan()].unique() / 448
+    coarse = torch.arange(-127, 128) / 127
+    figure, (line, step) = _axes(width=10, height=3.2, columns=2)
+    for row, (name, values, colour) in enumerate([("INT8", coarse, BF16), ("E4M3", fine, FP8)]):
+        line.plot(values, [row] * len(values), "|", ms=22, color=colour, mew=0.8)
+        positive = values[values > 0]
+        step.loglog(positive[1:], positive.diff() / positive[1:] * 100, color=colour, label=name)
+    line.set_yticks([0, 1], ["INT8", "E4M3"])
+    line.set_ylim(-0.6, 1.6)
+    line.set_xlabel("value / amax")
+    line.set_title("E4M3 crowds its values around zero", loc="left")
+    step.set_xlabel("value / amax")
+    step.set_ylabel("step to the value below, %")
+    step.legend(frameon=False)
+    step.set_title("and keeps 6.7 to 12.5 % over four decades", loc="left")
+    show(figure, "Left: the values of INT8, evenly spaced, and of E4M3, dense around zero. Right: "
+                 "the relative step, constant for E4M3 over four decades, growing for INT8 as "
+                 "values shrink.")
+
+
+def channel_scales(name: str, scale) -> None:
+    """One module's weight scales, in place and sorted; `scale`: float tensor [channels]."""
+    figure, (place, order) = _axes(width=10, height=3.2, columns=2)
+    place.plot(scale, ".", ms=3, color=FP8)
+    place.set_xlabel("output channel")
+    place.set_ylabel("scale (amax / 448)")
+    place.set_title("in place", loc="left")
+    order.plot(scale.sort().values, color=FP8)
+    order.axhline(scale.max(), color=GREY, ls="--", lw=1)
+    order.text(0, scale.max() * 0.995, " one scale for the tensor", va="top", color=GREY)
+    order.set_xlabel("channels, sorted")
+    order.set_title(f"sorted: {scale.max() / scale.min():.1f}x from least to largest", loc="left")
+    figure.suptitle(name, x=0.01, ha="left")
+    show(figure, f"The {scale.numel()} channel scales of {name}, from {scale.min():.2e} to "
+                 f"{scale.max():.2e}.")
+
+
+def weight_error(name: str, original, rebuilt) -> None:
+    """Relative error of every weight against its magnitude over its channel's amax.
+
+    `original`, `rebuilt`: float tensors [out, in].
+    """
+    reach = (original.abs() / original.abs().amax(dim=1, keepdim=True)).flatten()
+    error = ((rebuilt - original).abs() / original.abs().clamp_min(1e-12)).flatten()
+    pick = slice(None, None, max(1, reach.numel() // 20_000))
+    figure, axis = _axes()
+    axis.loglog(reach[pick], error[pick].clamp_min(1e-5) * 100, ".", ms=1.5, alpha=0.4, color=FP8)
+    axis.axhline(100 / 17, color="black", lw=1, ls="--")
+    axis.text(1, 100 / 17 * 1.15, "half a step: 5.9 %", ha="right")
+    axis.set_xlim(1e-5, 1.3)
+    axis.set_ylim(1e-2, 200)
+    axis.set_xlabel("|weight| / its channel's amax")
+    axis.set_ylabel("relative error, %")
+    axis.set_title("Half a step bounds the error until weights turn subnormal", loc="left")
+    show(figure, f"Relative error of the weights of {name} against their magnitude: under 5.9 % "
+                 "down to about 3e-5 of amax, larger below.")
+
+
+def detectable_loss(curve) -> None:
+    """The smallest loss that n rows show at 80 % power; `curve`: columns "n", "loss"."""
+    figure, axis = _axes()
+    axis.plot(curve["n"], curve["loss"] * 100, color=BF16)
+    for n in (100, 1319):
+        loss = curve.loc[curve["n"] == n, "loss"].item() * 100
+        axis.plot([n], [loss], "o", color=FP8)
+        axis.annotate(f"{n:,} rows: {loss:.1f} points", (n, loss), xytext=(8, 6),
+                      textcoords="offset points")
+    axis.set_xscale("log")
+    axis.set_xlabel("rows evaluated")
+    axis.set_ylabel("smallest detectable loss, points")
+    axis.set_ylim(bottom=0)
+    axis.set_title("A hundred rows show only large losses", loc="left")
+    show(figure, "The smallest true loss of accuracy that n rows show at 80 % power, falling with "
+                 "n; 100 and 1,319 rows are marked.")
+
+
+def throughput_rounds(speed) -> None:
+    """Tokens/s of both arms, round by round; `speed`: index round, columns "bf16", "fp8"."""
+    figure, axis = _axes()
+    for arm, colour in (("bf16", BF16), ("fp8", FP8)):
+        axis.plot(speed.index, speed[arm], "o-", color=colour, label=arm)
+        axis.axhline(speed[arm].median(), color=colour, lw=1, ls=":")
+    axis.set_xticks(speed.index)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("round")
+    axis.set_ylabel("tokens/s, one stream")
+    axis.legend(frameon=False, title="median dotted")
+    ratio = speed["fp8"].median() / speed["bf16"].median()
+    axis.set_title(f"One stream of 500 tokens: FP8 at {ratio:.2f}x bf16", loc="left")
+    show(figure, f"Tokens per second of bf16 and FP8 over {len(speed)} rounds; the ratio of the "
+                 f"medians is {ratio:.2f}.")

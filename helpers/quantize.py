@@ -1,0 +1,88 @@
+"""LLM Compressor's FP8_DYNAMIC recipe, its run, and the checkpoint it leaves."""
+
+import contextlib
+import io
+import shutil
+import warnings
+from pathlib import Path
+
+from helpers import WorkbookError, checkpoint, workspace
+from helpers.models import Profile
+
+# Beside the weights and config, which save_pretrained writes.
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "merges.txt",
+                   "vocab.json", "LICENSE*")
+
+
+def recipe():
+    """LLM Compressor's recipe: every Linear but the output head, FP8_DYNAMIC."""
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    return QuantizationModifier(targets="Linear", scheme="FP8_DYNAMIC", ignore=["lm_head"])
+
+
+def target(profile: Profile) -> Path:
+    """Where the profile's FP8 checkpoint belongs."""
+    return workspace.root() / "checkpoints" / f"{profile.name}-fp8-dynamic"
+
+
+def fp8_checkpoint(profile: Profile, base: Path) -> Path:
+    """The profile's finished FP8 checkpoint, made from `base` if it is not there.
+
+    One that is unfinished or damaged is said to be so, and made again.
+    """
+    place = target(profile)
+    if place.exists():
+        try:
+            workspace.verify(place)
+            return place
+        except WorkbookError as damage:
+            print(f"{damage.what} It is made again.")
+    print(f"Quantizing {profile.title} ({profile.bf16_bytes / 1e9:.2g} GB) to FP8 ...")
+    save(_quantized(base), base, place)
+    checkpoint.verify_fp8(base, place)
+    return place
+
+
+def _quantized(base: Path):
+    import torch
+    from llmcompressor import oneshot
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        oneshot(model=model, recipe=recipe())
+    return model
+
+
+def save(model, base: Path, place: Path) -> Path:
+    """Write a model that `oneshot` has quantized, with the tokenizer of `base`, to `place`.
+
+    The directory appears whole, with its manifest, or not at all (`workspace.building`). Returns
+    `place`.
+    """
+    base_bytes = checkpoint.total_bytes(checkpoint.census(base))
+    with workspace.building(place, needs_bytes=base_bytes) as partial:
+        with quiet():
+            model.save_pretrained(partial, save_compressed=True)
+        for pattern in TOKENIZER_FILES:
+            for file in base.glob(pattern):
+                shutil.copyfile(file, partial / file.name)
+    return place
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keep LLM Compressor's log, warnings and bars off the page; errors still come through."""
+    import llmcompressor  # noqa: F401  sets up its log when imported
+    from loguru import logger
+
+    logger.disable("llmcompressor")
+    logger.disable("compressed_tensors")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.enable("llmcompressor")
+        logger.enable("compressed_tensors")

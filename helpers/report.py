@@ -1,0 +1,123 @@
+"""Measured beside published: the workbook's closing table, from the ledger and `data/published`.
+
+`python -m helpers.report` prints it; with `--readme` it rewrites the README's results from
+`data/measured`.
+"""
+
+import sys
+
+from helpers import ledger, models, workspace
+
+# What a row must share with the published one before the two may be called equal or different.
+# A speed also needs the same GPU; an accuracy does not depend on how fast it was computed.
+PHI4 = {"microsoft/phi-4", "NyxKrage/Microsoft_Phi-4"}
+SCALE = {"percent right": 0.01}
+
+
+def measured_beside_published(rows: list[dict] | None = None, profile: str | None = None):
+    """Every published gsm8k and throughput row with this ledger's figure and one verdict.
+
+    `rows`: ledger rows, the workspace's ledger by default; `profile`: only that profile's rows.
+    A DataFrame with columns claim, published, measured, path, verdict. The verdict is "agrees" or
+    "differs" (is the published value inside the measured 95 % interval?) where the work was the
+    same, and "not measured here" where it was not; then "measured" says what was done instead.
+    """
+    import pandas as pd
+
+    rows = ledger.read() if rows is None else rows
+    table = []
+    for claim in ledger.published():
+        if claim["experiment"] not in ("gsm8k", "throughput"):
+            continue
+        row = _latest(rows, claim, profile)
+        table.append({
+            "published claim": claim["claim"],
+            "published": _figure(claim["value"], claim["unit"]),
+            "measured": _measured(row, claim) if row else "",
+            "path": f"{row['path']}, {row['kernel']}" if row else "",
+            "verdict": _verdict(row, claim),
+        })
+    return pd.DataFrame(table)
+
+
+def _latest(rows: list[dict], claim: dict, profile: str | None) -> dict | None:
+    fitting = [r for r in rows
+               if (r["experiment"], r["arm"]) == (claim["experiment"], claim["arm"])
+               and profile in (None, r["model"]["profile"])]
+    same = [r for r in fitting if _same_work(r, claim)]
+    return (same or fitting or [None])[-1]
+
+
+def _same_work(row: dict, claim: dict) -> bool:
+    if row["model"]["repo"] not in PHI4:
+        return False
+    if claim["experiment"] == "throughput":
+        return claim["hardware"] in str(row["hardware"].get("gpus")) and all(
+            row["work"].get(k) == v for k, v in claim["work"].items())
+    asked = {k: v for k, v in claim["work"].items() if k not in ("filter", "version")}
+    return all(row["work"].get(k) == v for k, v in asked.items())
+
+
+def _metric(row: dict, claim: dict) -> tuple[float, float, float]:
+    """The row's value and 95 % interval for this claim."""
+    metrics = row["metrics"]
+    if claim["experiment"] == "throughput":
+        return metrics["output_tok_s"], metrics["low"], metrics["high"]
+    entry = metrics[claim["work"].get("filter", "strict-match")]
+    return entry["value"], entry["low"], entry["high"]
+
+
+def _figure(value: float, unit: str) -> str:
+    return f"{value} tok/s" if unit == "tok/s" else f"{value * SCALE.get(unit, 1):.4f}"
+
+
+def _measured(row: dict, claim: dict) -> str:
+    value, low, high = _metric(row, claim)
+    if claim["experiment"] == "throughput":
+        figure = f"{value:.0f} tok/s ({low:.0f} to {high:.0f})"
+    else:
+        figure = f"{value:.4f} ({low:.4f} to {high:.4f})"
+    if _same_work(row, claim):
+        return figure
+    task = row["work"].get("task", "")
+    return f"another experiment: {row['model']['profile']}{' on ' + task if task else ''}, {figure}"
+
+
+def _verdict(row: dict | None, claim: dict) -> str:
+    if row is None or not _same_work(row, claim):
+        return "not measured here"
+    _, low, high = _metric(row, claim)
+    inside = low <= claim["value"] * SCALE.get(claim["unit"], 1) <= high
+    return "agrees" if inside else "differs"
+
+
+def readme_results() -> str:
+    """The README's results as Markdown, from the ledgers committed under `data/measured`."""
+    parts = []
+    for file in sorted(workspace.data("measured").glob("*.jsonl")):
+        rows = ledger.read(file)
+        hardware, versions = rows[-1]["hardware"], rows[-1]["versions"]
+        device = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
+        parts.append(
+            f"On {device} ({rows[-1]['time'][:10]}, vLLM {versions['vllm']}, "
+            f"llmcompressor {versions['llmcompressor']}), from [`{file.name}`](data/measured/"
+            f"{file.name}):\n\n" + measured_beside_published(rows).to_markdown(index=False))
+    return "\n\n".join(parts)
+
+
+def write_readme() -> None:
+    """Put `readme_results` between the README's markers."""
+    readme = workspace.repo() / "README.md"
+    head, rest = readme.read_text().split("<!-- results -->\n")
+    _, tail = rest.split("<!-- /results -->")
+    readme.write_text(f"{head}<!-- results -->\n{readme_results()}\n<!-- /results -->{tail}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--readme"]:
+        write_readme()
+    else:
+        from helpers import hardware
+
+        chosen = models.choose(hardware.detect()).name
+        print(measured_beside_published(profile=chosen).to_string(index=False))

@@ -1,0 +1,151 @@
+"""What to expect before measuring: bytes per token, bandwidth, ceilings."""
+
+import json
+import time
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from helpers import checkpoint, hardware, workspace
+from helpers.checkpoint import TensorInfo
+from helpers.hardware import Gpu, Machine
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    bytes_per_s: float
+    source: str
+
+
+def load_config(directory: Path) -> dict:
+    """A model directory's config.json, with RoPE's parameters in one place.
+
+    Transformers 5 writes `rope_parameters`; older configs have `rope_theta` at the top.
+    """
+    config = json.loads((directory / "config.json").read_text())
+    config.setdefault("rope_theta", config.get("rope_parameters", {}).get("rope_theta"))
+    return config
+
+
+def tensors(config: dict) -> list[TensorInfo]:
+    """Every tensor of a bf16 Phi3ForCausalLM of this config, without the weights.
+
+    Names and shapes as Transformers' `Phi3ForCausalLM` has them: fused qkv_proj and gate_up_proj,
+    two RMS norms a layer, no biases; no lm_head where it is tied to the embedding.
+    """
+    hidden, ffn, vocab = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size"))
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head = hidden // heads
+    shapes = {"model.embed_tokens": (vocab, hidden)}
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        shapes |= {
+            f"{layer}.self_attn.qkv_proj": ((heads + 2 * kv_heads) * head, hidden),
+            f"{layer}.self_attn.o_proj": (hidden, heads * head),
+            f"{layer}.mlp.gate_up_proj": (2 * ffn, hidden),
+            f"{layer}.mlp.down_proj": (hidden, ffn),
+            f"{layer}.input_layernorm": (hidden,),
+            f"{layer}.post_attention_layernorm": (hidden,),
+        }
+    shapes["model.norm"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head"] = (vocab, hidden)
+    return [TensorInfo(f"{name}.weight", "BF16", shape, 2 * prod(shape))
+            for name, shape in shapes.items()]
+
+
+def bytes_per_token(census: list[TensorInfo]) -> int:
+    """Bytes of weights read to decode one token of one stream.
+
+    All but the input embedding, of which one row is taken; where no lm_head is stored the
+    embedding is the output head too, and is read.
+    """
+    tied = not any(checkpoint.role(t) == "lm_head" for t in census)
+    return sum(t.nbytes for t in census if tied or checkpoint.role(t) != "embedding")
+
+
+def decode_bytes(config: dict, arm: str) -> int:
+    """`bytes_per_token` of a config in "bf16" or "fp8"."""
+    planned = tensors(config)
+    return bytes_per_token(checkpoint.predict_fp8(planned) if arm == "fp8" else planned)
+
+
+def kv_bytes_per_token(config: dict) -> int:
+    """Bytes of 16-bit KV cache per token of context: K and V, by KV head, dimension and layer."""
+    head = config["hidden_size"] // config["num_attention_heads"]
+    return 2 * 2 * config["num_key_value_heads"] * head * config["num_hidden_layers"]
+
+
+def gpus() -> list[dict]:
+    """The GPUs of `data/gpus.json`, each with the source of its figures."""
+    return json.loads(workspace.data("gpus.json").read_text())
+
+
+def _listed(gpu: dict) -> Gpu:
+    return Gpu(0, gpu["nvml_name"], gpu["memory_gb"] * 10**9, tuple(gpu["compute_capability"]), "")
+
+
+def gpu_table(config: dict):
+    """By GPU: path, memory, bandwidth, and one stream's decoding ceilings in tokens/s.
+
+    A DataFrame; the ceiling is bandwidth over bytes per token, an upper bound that no server
+    reaches.
+    """
+    import pandas as pd
+
+    bf16, fp8 = decode_bytes(config, "bf16"), decode_bytes(config, "fp8")
+    path = {"gpu-w8a8": "W8A8", "gpu-w8a16": "W8A16", "none": "none"}
+    return pd.DataFrame([{
+        "GPU": gpu["name"],
+        "path": path[hardware.gpu_path(_listed(gpu)).key],
+        "memory, GB": gpu["memory_gb"], "bandwidth, GB/s": gpu["bandwidth_gb_s"],
+        "bf16 ceiling": round(gpu["bandwidth_gb_s"] * 1e9 / bf16, 1),
+        "FP8 ceiling": round(gpu["bandwidth_gb_s"] * 1e9 / fp8, 1),
+    } for gpu in gpus()]).set_index("GPU")
+
+
+def read_bandwidth(machine: Machine) -> Bandwidth:
+    """The memory bandwidth that decoding on this machine can hope for.
+
+    Of a GPU: the data sheet's, from `data/gpus.json`, or a measured copy where the GPU is not in
+    it. Of a CPU: measured, the median of seven reads of 1 GiB by all cores.
+    """
+    if not machine.gpus:
+        return Bandwidth(_measured_read(), "measured: all cores reading 1 GiB, median of 7")
+    name = machine.gpus[0].name
+    for gpu in gpus():
+        if gpu["nvml_name"] == name:
+            return Bandwidth(gpu["bandwidth_gb_s"] * 1e9, gpu["source"])
+    return Bandwidth(_measured_copy(), f"measured: copies on the {name}, median of 7")
+
+
+def _measured_read() -> float:
+    """Bytes/s of a matrix-vector product over 1 GiB of float32: one read of each byte.
+
+    As in STREAM, the data exceeds every cache by far; the vector stays in it.
+    """
+    import torch
+
+    matrix, vector = torch.ones(16384, 16384), torch.ones(16384)
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        torch.mv(matrix, vector)
+        seconds.append(time.perf_counter() - start)
+    return matrix.nbytes / sorted(seconds[1:])[3]
+
+
+def _measured_copy() -> float:
+    """Bytes/s, read and written, of 1 GiB copies in GPU memory."""
+    import torch
+
+    source = torch.ones(2**28, device="cuda")
+    copy = torch.empty_like(source)
+    seconds = []
+    for _ in range(8):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        copy.copy_(source)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.nbytes / sorted(seconds[1:])[3]
