@@ -128,13 +128,15 @@ def require_compiler(gpu: bool) -> None:
 
 
 def pip_settings(python: Path) -> dict[str, str]:
-    """What pip is configured with, from its files and its environment variables together."""
+    """What pip is configured with: its files, and stronger, its environment variables."""
     listing = subprocess.run([python, "-m", "pip", "config", "list"],
                              capture_output=True, text=True).stdout
     settings: dict[str, str] = {}
-    for line in listing.splitlines():  # in pip's own order of precedence, the strongest last
-        key, _, value = line.partition("=")
-        settings[key.rpartition(".")[2]] = ast.literal_eval(value)
+    for section in ("global", "install", ":env:"):
+        for line in listing.splitlines():
+            key, _, value = line.partition("=")
+            if key.startswith(f"{section}."):
+                settings[key.rpartition(".")[2]] = ast.literal_eval(value)
     return settings
 
 

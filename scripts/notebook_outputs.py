@@ -47,8 +47,9 @@ def _clean_stream(output: NotebookNode) -> NotebookNode:
     """A stream as a terminal would show it at the end: rewritten lines once, finished bars gone."""
     lines = [line.rstrip("\r").rpartition("\r")[2]
              for line in ESCAPES.sub("", output.text).split("\n")]
-    text = "\n".join(line for line in lines if not PROGRESS.search(line))
-    return NotebookNode(output, text=text)
+    kept = [line for line in lines if not PROGRESS.search(line)]
+    text = "\n".join(kept)
+    return NotebookNode(output, text=text if kept == lines else text.lstrip("\n"))
 
 
 def _is_debris(output: NotebookNode) -> bool:

@@ -52,6 +52,7 @@ def execute(source: Path, target: Path, label: str) -> NotebookNode:
     print(label, end="" if tty else "\n", flush=True)
     client = NotebookClient(nb, timeout=None, kernel_name="python3", record_timing=False,
                             resources={"metadata": {"path": str(source.parent)}},
+                            extra_arguments=["--log-level=ERROR"],  # of the kernel itself
                             on_cell_start=begin)
     state = "failed"
     try:
@@ -62,8 +63,8 @@ def execute(source: Path, target: Path, label: str) -> NotebookNode:
     finally:
         target.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, target)
-        print(f"\r{label}  {state} in {time.monotonic() - started:.0f} s" + "\033[K" * tty,
-              flush=True)
+        line = f"{label}  {state} in {time.monotonic() - started:.0f} s"
+        print(f"\r{line}\033[K" if tty else line, flush=True)
     return nb
 
 
@@ -116,7 +117,7 @@ def page(executed: list[Path]) -> str:
         whole, resources=name)[0]
 
 
-def run(only: str = "") -> None:
+def run(only: str = "") -> int:
     """Execute into build/notebooks/, write build/workbook.html, print the closing table."""
     chosen, started = notebooks(only), time.monotonic()
     for i, path in enumerate(chosen, start=1):
@@ -124,10 +125,10 @@ def run(only: str = "") -> None:
     (BUILD / "workbook.html").write_text(page(sorted((BUILD / "notebooks").glob("[0-9]*.ipynb"))))
     print(f"\n{len(chosen)} notebook(s) in {time.monotonic() - started:.0f} s. Executed: "
           "build/notebooks/; all on one page: build/workbook.html\n", flush=True)
-    subprocess.run([sys.executable, "-m", "helpers.report"], cwd=REPO, check=True)
+    return subprocess.run([sys.executable, "-m", "helpers.report"], cwd=REPO).returncode
 
 
-def refresh() -> None:
+def refresh() -> int:
     """Execute all on the bundled model in a workspace of their own, clean them, write them back."""
     workspace = BUILD / "refresh-workspace"
     shutil.rmtree(workspace, ignore_errors=True)
@@ -140,11 +141,12 @@ def refresh() -> None:
     for path, nb in fresh.items():  # only when all have run
         clean(nb, places)
         nbformat.write(nb, path)
+    return 0
 
 
 def main(arguments: list[str]) -> int:
     try:
-        {"run": run, "refresh": refresh}[arguments[0]](*arguments[1:])
+        return {"run": run, "refresh": refresh}[arguments[0]](*arguments[1:])
     except NotebookStopped as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
@@ -152,7 +154,6 @@ def main(arguments: list[str]) -> int:
         print("\nInterrupted. What was made so far is kept; the same command goes on from it.",
               file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

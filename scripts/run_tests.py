@@ -35,10 +35,12 @@ class NotebookRuns:
         timer.start()
         try:
             result = yield
-        except Exception:
+        except NotebookFailedException:
+            raise
+        except Exception as error:  # nbclient's, when the kernel has died
             if time.monotonic() - started >= self.limit:
                 fail(item, f"{item.name} took more than {self.limit:.0f} s and was stopped.")
-            raise
+            fail(item, f"{item.name}: {error}")
         finally:
             timer.cancel()
             self.seconds[item.name] = time.monotonic() - started
@@ -94,7 +96,7 @@ def main() -> int:
     # The notebooks first: the servers that the tests share would stay up beside them.
     return pytest.main(
         [str(copies), str(REPO / "tests"), "--nbmake", "--overwrite", f"--nbmake-timeout={LIMIT}",
-         "--durations=10", "-q"],
+         "--durations=10", "-W", "ignore::pytest.PytestAssertRewriteWarning"],
         plugins=[NotebookRuns([path.name for path in sources])])
 
 

@@ -1,0 +1,167 @@
+"""The path each device gets, and `detect` against what the system itself says of this machine."""
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import environments
+import pytest
+
+from helpers import hardware
+from helpers.hardware import Gpu, Machine
+
+# Name, compute capability (NVIDIA's table of CUDA GPUs), memory in GB, the path it gets.
+DEVICES = [
+    ("NVIDIA GeForce GTX 1080", (6, 1), 8, "none"),
+    ("Tesla V100-SXM2-16GB", (7, 0), 16, "none"),
+    ("Tesla T4", (7, 5), 16, "gpu-w8a16"),
+    ("NVIDIA A100-SXM4-80GB", (8, 0), 80, "gpu-w8a16"),
+    ("NVIDIA A10", (8, 6), 24, "gpu-w8a16"),
+    ("NVIDIA A40", (8, 6), 48, "gpu-w8a16"),
+    ("NVIDIA GeForce RTX 3090", (8, 6), 24, "gpu-w8a16"),
+    ("NVIDIA L4", (8, 9), 24, "gpu-w8a8"),
+    ("NVIDIA L40S", (8, 9), 48, "gpu-w8a8"),
+    ("NVIDIA GeForce RTX 4090", (8, 9), 24, "gpu-w8a8"),
+    ("NVIDIA H100 80GB HBM3", (9, 0), 80, "gpu-w8a8"),
+    ("NVIDIA H200", (9, 0), 141, "gpu-w8a8"),
+    ("NVIDIA B200", (10, 0), 192, "gpu-w8a8"),
+    ("NVIDIA GeForce RTX 5090", (12, 0), 32, "gpu-w8a8"),
+]
+
+
+def gpu(name: str, capability: tuple[int, int], gigabytes: int, index: int = 0) -> Gpu:
+    return Gpu(index, name, gigabytes * 10**9, capability, "580.95.05")
+
+
+def machine(*gpus: Gpu, features: str = "", ram: int = 64, disk: int = 200) -> Machine:
+    return Machine(gpus, "a processor", 8, frozenset(features.split()), ram * 10**9, disk * 10**9,
+                   "Linux", "3.11.7", "")
+
+
+@pytest.mark.parametrize(("name", "capability", "gigabytes", "key"), DEVICES)
+def test_each_gpu_gets_its_path(name, capability, gigabytes, key):
+    path = hardware.serving_path(machine(gpu(name, capability, gigabytes), features="amx_bf16"))
+    assert path.key == key
+    assert path.device == ("cpu" if key == "none" else "cuda")
+    assert name in path.why and "{}.{}".format(*capability) in path.why
+
+
+@pytest.mark.parametrize(("features", "key"), [
+    ("avx2 avx512f amx_bf16 amx_int8 amx_tile avx512_bf16", "cpu-w8a16"),  # Sapphire Rapids
+    ("avx2 avx512f avx512_bf16", "cpu-w8a16"),  # Zen 4
+    ("avx2 avx512f avx512_vnni", "cpu-w8a8"),  # Ice Lake
+    ("avx2", "cpu-w8a8"),
+    ("", "cpu-w8a8"),
+])
+def test_without_a_gpu_the_cpu_decides(features, key):
+    path = hardware.serving_path(machine(features=features))
+    assert (path.key, path.device) == (key, "cpu")
+
+
+def test_an_old_gpu_is_told_what_would_work():
+    path = hardware.serving_path(machine(gpu("NVIDIA GeForce GTX 1080", (6, 1), 8)))
+    assert "7.5" in path.why and "CUDA_VISIBLE_DEVICES=" in path.why
+
+
+def test_the_best_of_several_gpus_decides():
+    both = machine(gpu("GTX 1080", (6, 1), 8), gpu("L4", (8, 9), 24, 1))
+    assert hardware.serving_path(both).key == "gpu-w8a8"
+
+
+@pytest.mark.parametrize(("setting", "seen"), [
+    (None, [0, 1, 2]), ("", []), ("-1", []), ("1", [1]), ("2,0", [2, 0]), ("0,-1,1", [0]),
+    ("7", []), ("GPU-bb", [1]), ("GPU-b", [1]), ("GPU-", []), ("GPU-aa,GPU-cc", [0, 2]),
+    ("none", []), (" 1 , 2 ", [1, 2]),
+])
+def test_cuda_visible_devices_as_cuda_reads_it(setting, seen):
+    assert hardware.visible(["GPU-aa11", "GPU-bb22", "GPU-cc33"], setting) == seen
+
+
+def test_gpus_as_nvml_tells_them(monkeypatch):
+    """NVML itself answers only where there is a GPU, so its answers are given here."""
+    import pynvml
+
+    cards = [("NVIDIA H100 80GB HBM3", 85_520_809_984, (9, 0), "GPU-aa"),
+             ("Tesla T4", 16_106_127_360, (7, 5), "GPU-bb")]
+    memory = type("Memory", (), {})
+    answers = {
+        "nvmlInit": lambda: None, "nvmlShutdown": lambda: None,
+        "nvmlSystemGetDriverVersion": lambda: "580.95.05",
+        "nvmlDeviceGetCount": lambda: len(cards),
+        "nvmlDeviceGetHandleByIndex": lambda i: i,
+        "nvmlDeviceGetName": lambda i: cards[i][0],
+        "nvmlDeviceGetMemoryInfo": lambda i: (setattr(memory, "total", cards[i][1]), memory)[1],
+        "nvmlDeviceGetCudaComputeCapability": lambda i: list(cards[i][2]),
+        "nvmlDeviceGetUUID": lambda i: cards[i][3],
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(pynvml, name, answer)
+    t4 = Gpu(1, "Tesla T4", 16_106_127_360, (7, 5), "580.95.05")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = hardware.detect()
+    assert [g.name for g in found.gpus] == [cards[0][0], cards[1][0]] and found.note == ""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bb")
+    found = hardware.detect()
+    assert found.gpus == (t4,) and "hides 1 GPU" in found.note
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = hardware.detect()
+    assert found.gpus == () and "hides 2 GPU" in found.note
+    assert hardware.serving_path(found).device == "cpu"
+
+
+def test_detect_agrees_with_the_system(tmp_path):
+    found = hardware.detect(tmp_path)
+    meminfo = Path("/proc/meminfo").read_text()
+    assert found.ram_bytes <= int(re.search(r"MemTotal:\s+(\d+) kB", meminfo)[1]) * 1024
+    assert found.cores == int(subprocess.check_output(["nproc"]))
+    stat = os.statvfs(tmp_path)
+    assert abs(found.disk_free_bytes - stat.f_bavail * stat.f_frsize) < 10**9
+    assert found.python == ".".join(map(str, sys.version_info[:3]))
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    assert f": {found.cpu_model}\n" in cpuinfo
+    for feature in ("amx_bf16", "avx512_bf16", "avx2"):
+        assert (feature in found.cpu_features) == bool(re.search(rf"\b{feature}\b", cpuinfo))
+    if shutil.which("nvidia-smi"):
+        listed = subprocess.check_output(["nvidia-smi", "-L"], text=True)
+        assert [g.name for g in found.gpus] == re.findall(r"GPU \d+: (.+?) \(UUID", listed)
+    else:
+        assert found.gpus == ()
+
+
+def test_set_up_and_preflight_see_the_same_gpu():
+    """Set-up asks NVML by ctypes, before anything is installed; the helpers ask nvidia-ml-py."""
+    path = hardware.serving_path(hardware.detect())
+    assert environments.usable_gpu() == (path.device == "cuda")
+    assert environments.OLDEST_CAPABILITY == hardware.W8A16_CAPABILITY
+
+
+def test_preflight_of_this_machine():
+    result = subprocess.run([sys.executable, "-m", "helpers.hardware"],
+                            capture_output=True, text=True)
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert all(line.startswith("[OK]   ") for line in lines)
+    for wanted in ("Python: ", "disk: ", "RAM: ", "GPU: ", "torch 2.", "vllm", "path: "):
+        assert any(wanted in line for line in lines), wanted
+
+
+def test_preflight_says_what_to_do(monkeypatch, capsys):
+    poor = machine(gpu("NVIDIA GeForce GTX 1080", (6, 1), 8), ram=2, disk=1)
+    monkeypatch.setattr(hardware, "detect", lambda: poor)
+    monkeypatch.setattr(hardware, "REPO", hardware.REPO / "tests")  # no .venv-serve there
+    assert hardware.main() == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[FAIL]")]
+    assert [line.split()[1].rstrip(":") for line in failed] == ["disk", "RAM", "serving", "path"]
+    assert "free some space" in failed[0] and "make setup" in failed[2]
+    assert "CUDA_VISIBLE_DEVICES=" in failed[3]
+
+
+def test_a_gpu_path_needs_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    on_gpu = hardware.serving_path(machine(gpu("NVIDIA L4", (8, 9), 24)))
+    assert not hardware._compiler(on_gpu).ok
+    assert hardware._compiler(dataclasses.replace(on_gpu, device="cpu")).ok
