@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -12,6 +13,11 @@ from helpers.models import Profile
 # Beside the weights and config, which save_pretrained writes.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "merges.txt",
                    "vocab.json", "LICENSE*")
+
+# Both libraries read this when they are first imported. Their logs would bury the notebook's own
+# words; what went wrong still arrives as an exception.
+os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
+os.environ.setdefault("COMPRESSED_TENSORS_LOG_DISABLED", "true")
 
 
 def recipe():
@@ -73,16 +79,7 @@ def save(model, base: Path, place: Path) -> Path:
 
 @contextlib.contextmanager
 def quiet():
-    """Keep LLM Compressor's log, warnings and bars off the page; errors still come through."""
-    import llmcompressor  # noqa: F401  sets up its log when imported
-    from loguru import logger
-
-    logger.disable("llmcompressor")
-    logger.disable("compressed_tensors")
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.enable("llmcompressor")
-        logger.enable("compressed_tensors")
+    """Keep LLM Compressor's warnings and bars off the page; errors still come through."""
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
