@@ -183,8 +183,10 @@ def watched(server, arm: str):
     from lm_eval.api import model, task
     from lm_eval.models import api_models
 
+    def silent(items, **_):
+        return items
+
     progress = _Progress(arm)
-    silent = mock.Mock(side_effect=lambda items, **_: items)
     try:
         with (mock.patch.dict(os.environ, OPENAI_API_KEY=server.api_key),
               mock.patch.object(task, "tqdm", silent),
