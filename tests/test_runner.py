@@ -1,0 +1,130 @@
+"""Running notebooks: what a failure says, what is kept of a run, and what `make test` lets pass."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import notebook_outputs
+import pytest
+import run_notebooks
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+REPO = Path(__file__).resolve().parent.parent
+VIEW = notebook_outputs.VIEW
+
+
+def write(path: Path, *sources: str) -> Path:
+    cells = [new_markdown_cell(f"# Title of {path.stem}")]
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(new_notebook(cells=cells + [new_code_cell(s) for s in sources]), path)
+    return path
+
+
+# --- make run -----------------------------------------------------------------------------------
+
+def test_a_failing_cell_stops_the_run_with_one_paragraph(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "notebooks" / "00_well.ipynb", "print(6 * 7)")
+    write(tmp_path / "notebooks" / "01_ill.ipynb", "a = 1", "from helpers import WorkbookError\n"
+          "raise WorkbookError('The disk is full.', 'Nothing fits.', 'Free some space.')", "a")
+    write(tmp_path / "notebooks" / "02_never.ipynb", "a = 1")
+    monkeypatch.setattr(run_notebooks, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(run_notebooks, "BUILD", tmp_path / "build")
+    assert run_notebooks.main(["run"]) == 1
+    said = capsys.readouterr()
+    assert "[1/3] 00_well.ipynb  done in" in said.out and "[2/3] 01_ill.ipynb  failed" in said.out
+    assert "02_never" not in said.out
+    assert said.err.split() == (
+        "01_ill.ipynb stopped at code cell 2 of 3, which begins `from helpers import "
+        "WorkbookError`. WorkbookError: The disk is full. What it means: Nothing fits. What to do: "
+        f"Free some space. The notebook as far as it got: {tmp_path}/build/notebooks/01_ill.ipynb"
+    ).split()
+    kept = nbformat.read(tmp_path / "build" / "notebooks" / "01_ill.ipynb", as_version=4)
+    assert [cell.execution_count for cell in kept.cells[1:]] == [1, 2, None]
+
+
+def test_a_kernel_that_dies_is_told_from_a_cell_that_fails(tmp_path, capsys):
+    source = write(tmp_path / "00_dies.ipynb", "a = 1", "import os\nos._exit(9)")
+    with pytest.raises(run_notebooks.NotebookStopped, match="code cell 2 of 2.*`import os`") as e:
+        run_notebooks.execute(source, tmp_path / "out.ipynb", "00")
+    assert "The kernel died" in str(e.value)
+
+
+def test_only_chooses_by_number_and_an_unknown_one_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(run_notebooks, "NOTEBOOKS", tmp_path)
+    for name in ("00_a", "05_b"):
+        write(tmp_path / f"{name}.ipynb", "1")
+    assert [path.name for path in run_notebooks.notebooks("05")] == ["05_b.ipynb"]
+    with pytest.raises(run_notebooks.NotebookStopped, match="'09'. There are: 00, 05."):
+        run_notebooks.notebooks("09")
+
+
+def test_one_page_of_all_notebooks_with_working_links(tmp_path):
+    first = write(tmp_path / "00_a.ipynb", "print('first words')")
+    second = write(tmp_path / "01_b.ipynb", "1 + 1")
+    nb = nbformat.read(first, as_version=4)
+    nb.cells[0].source += "\n\nNext: [the second](01_b.ipynb)"
+    nb.cells[1].outputs = [new_output("stream", name="stdout", text="first words\n")]
+    nbformat.write(nb, first)
+    html = run_notebooks.page([first, second])
+    assert html.count('href="#01_b"') == 2 and 'id="01_b"' in html  # contents, and the link
+    assert "Title of 00_a" in html and "first words\n" in html
+
+
+# --- make notebooks -----------------------------------------------------------------------------
+
+def test_a_cleaned_notebook_holds_what_a_reader_wants(tmp_path):
+    def stream(text, name="stdout"):
+        return new_output("stream", name=name, text=text)
+
+    def view(model, text):
+        return new_output("display_data", data={
+            VIEW: {"model_id": model, "version_major": 2, "version_minor": 0}, "text/plain": text})
+
+    bars = stream("\r  0%|     | 0/2\r100%|#####| 2/2\nkept: \x1b[1mbold\x1b[0m\n")
+    home = stream(f"{tmp_path}/repo/workspace/x, {tmp_path}/repo and {tmp_path}/elsewhere\n")
+    figure = new_output("display_data", data={"image/png": f"{tmp_path}/repo/"})
+    cell = new_code_cell("go()", execution_count=1, metadata={"execution": {}, "tags": ["t"]},
+                         outputs=[bars, stream("a log line\n", "stderr"), home, figure,
+                                  view("aa", "  0%|   | 0/5 [00:00<?, ?it/s]"),
+                                  view("bb", "IntSlider(value=3)")])
+    nb = new_notebook(cells=[cell], metadata={"widgets": {notebook_outputs.STATE: {"state": {
+        "aa": {"children": "IPY_MODEL_dd"}, "bb": {"layout": "IPY_MODEL_cc"}, "cc": {}, "dd": {}},
+        "version_major": 2}}})
+    notebook_outputs.clean(nb, {tmp_path / "repo": "", tmp_path: "~"})
+    assert [o.get("text") for o in cell.outputs] == [
+        "kept: bold\n", "workspace/x, . and ~/elsewhere\n", None, None]
+    assert cell.outputs[2].data["image/png"] == f"{tmp_path}/repo/"  # base64 is not text
+    assert cell.outputs[3].data[VIEW]["model_id"] == "bb"
+    assert nb.metadata.widgets[notebook_outputs.STATE]["state"].keys() == {"bb", "cc"}
+    assert cell.metadata == {"tags": ["t"]}
+    stamp = nb.metadata[notebook_outputs.STAMP]["sources_sha256"]
+    assert stamp == notebook_outputs.sources_sha256(nb)
+    cell.source = "went()"
+    assert stamp != notebook_outputs.sources_sha256(nb)
+
+
+# --- make test ----------------------------------------------------------------------------------
+
+def test_a_notebook_that_hangs_or_runs_nothing_or_is_missing_fails(tmp_path):
+    write(tmp_path / "00_well.ipynb", "1 + 1")
+    write(tmp_path / "01_hangs.ipynb", "import time\ntime.sleep(300)")
+    write(tmp_path / "02_empty.ipynb")
+    write(tmp_path / "03_dies.ipynb", "import os\nos._exit(9)")
+    program = (
+        "import sys, pytest, run_tests\n"
+        f"names = [f'{{n}}.ipynb' for n in {['00_well', '01_hangs', '02_empty', '03_dies']}]\n"
+        "sys.exit(pytest.main(['.', '--nbmake', '--overwrite', '-p', 'no:cacheprovider'],\n"
+        "                     plugins=[run_tests.NotebookRuns(names + ['04_gone.ipynb'], 8)]))")
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True,
+                            text=True, env=dict(os.environ, PYTHONPATH=str(REPO / "scripts")))
+    table = {line.split()[0][:2]: line.split()[-1] for line in result.stdout.splitlines()
+             if line.startswith(tuple(f"0{i}_" for i in range(5))) and line.endswith(("ed", "ED"))}
+    assert result.returncode == 1, result.stdout
+    assert table == {"00": "passed", "01": "FAILED", "02": "FAILED", "03": "FAILED",
+                     "04": "FAILED"}
+    assert "01_hangs.ipynb took more than 8 s and was stopped." in result.stdout
+    assert "02_empty.ipynb ended without having run all its code." in result.stdout
+    assert "03_dies.ipynb: Kernel died" in result.stdout
+    assert "3 failed, 1 passed" in result.stdout.splitlines()[-1]
