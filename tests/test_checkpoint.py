@@ -1,0 +1,114 @@
+"""The census and the verification, against safetensors' own reading and real damage."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers import WorkbookError, checkpoint
+
+
+@pytest.fixture
+def copy(tiny_fp8, tmp_path):
+    return shutil.copytree(tiny_fp8, tmp_path / "copy")
+
+
+def edit(directory, **changes):
+    """Rewrite a checkpoint's single file with changed tensors (None removes one)."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file) | {k.replace("__", "."): v for k, v in changes.items()}
+    save_file({k: v for k, v in tensors.items() if v is not None}, file, {"format": "pt"})
+
+
+def test_the_census_is_what_safetensors_loads(tiny_base):
+    loaded = load_file(tiny_base / "model.safetensors")
+    census = {t.name: t for t in checkpoint.census(tiny_base)}
+    assert census.keys() == loaded.keys()
+    for name, tensor in loaded.items():
+        assert census[name].shape == tuple(tensor.shape)
+        assert census[name].nbytes == tensor.nbytes
+        assert torch.equal(checkpoint.read_tensor(tiny_base, name), tensor)
+
+
+def test_roles_and_types_add_up(tiny_fp8):
+    tensors = checkpoint.census(tiny_fp8)
+    for table in (checkpoint.by_dtype(tensors), checkpoint.by_role(tensors)):
+        assert table["bytes"].sum() == checkpoint.total_bytes(tensors)
+        assert table["tensors"].sum() == len(tensors)
+    assert checkpoint.by_dtype(tensors).loc["F8_E4M3", "tensors"] == 16
+    assert checkpoint.by_role(tensors).loc["scale", "tensors"] == 16
+
+
+def test_llm_compressors_checkpoint_is_the_predicted_one_to_the_byte(tiny_base, tiny_fp8):
+    found = checkpoint.verify_fp8(tiny_base, tiny_fp8)
+    assert (found.quantized, found.ignored) == (16, ("lm_head",))
+    assert found.predicted_bytes == found.actual_bytes
+    header = int.from_bytes((tiny_fp8 / "model.safetensors").read_bytes()[:8], "little")
+    assert (tiny_fp8 / "model.safetensors").stat().st_size == found.actual_bytes + header + 8
+    assert 0.9 < found.worst_step <= 1 + 2**-4
+
+
+LAYER = "model__layers__0__mlp__down_proj__weight"
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({LAYER: None}, "down_proj.weight is missing"),
+    ({f"{LAYER}_scale": torch.ones(256, dtype=torch.bfloat16)}, "weight_scale is"),
+    ({f"{LAYER}_scale": torch.ones(256, 1)}, "F32"),
+    ({f"{LAYER}_scale": torch.full((256, 1), float("nan"), dtype=torch.bfloat16)}, "half steps"),
+    ({f"{LAYER}_scale": torch.zeros(256, 1, dtype=torch.bfloat16)}, "half steps"),
+    ({LAYER: torch.zeros(256, 768, dtype=torch.float8_e4m3fn)}, "off by"),
+    ({"lm_head__weight": torch.zeros(512, 256, dtype=torch.bfloat16)}, "not the base's"),
+    ({"extra": torch.zeros(1)}, "extra is not expected"),
+])
+def test_every_disagreement_is_named(tiny_base, copy, changes, says):
+    edit(copy, **changes)
+    with pytest.raises(WorkbookError, match=says):
+        checkpoint.verify_fp8(tiny_base, copy)
+
+
+@pytest.mark.parametrize("block, says", [
+    (None, "no quantization_config"), ({"ignore": [], "format": "float-quantized"}, "ignores"),
+    ({"ignore": ["lm_head"], "format": "int-quantized"}, "int-quantized"),
+])
+def test_a_wrong_quantization_config_is_named(tiny_base, copy, block, says):
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = block
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WorkbookError, match=says):
+        checkpoint.verify_fp8(tiny_base, copy)
+
+
+@pytest.mark.parametrize("cut, says", [(-1, "has .* bytes, its header announces"),
+                                       (100, "not a readable"), (5, "not a readable")])
+def test_a_truncated_file_is_named(copy, cut, says):
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(WorkbookError, match=says):
+        checkpoint.census(copy)
+
+
+def test_shards_are_read_by_their_index_and_a_missing_one_is_named(tiny_base, tmp_path):
+    tensors = load_file(tiny_base / "model.safetensors")
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[:9], "b.safetensors": names[9:]}
+    for file, part in shards.items():
+        save_file({n: tensors[n] for n in part}, tmp_path / file)
+    placed = {name: file for file, part in shards.items() for name in part}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": placed}))
+    whole = checkpoint.census(tiny_base)
+    assert checkpoint.total_bytes(checkpoint.census(tmp_path)) == checkpoint.total_bytes(whole)
+    index.write_text(json.dumps({"weight_map": placed | {"ghost": "a.safetensors"}}))
+    with pytest.raises(WorkbookError, match="disagree on ghost"):
+        checkpoint.census(tmp_path)
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(WorkbookError, match="lacks b.safetensors"):
+        checkpoint.census(tmp_path)
+
+
+def test_a_tensor_that_is_not_there_is_a_sentence(tiny_base):
+    with pytest.raises(WorkbookError, match="no tensor model.layers.99"):
+        checkpoint.read_tensor(tiny_base, "model.layers.99")

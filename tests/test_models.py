@@ -1,0 +1,130 @@
+"""Which model a machine gets, and what is refused, by the real files and the real hub client."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+from helpers import WorkbookError, hardware, models, workspace
+
+GB = 10**9
+
+
+def machine(name="", memory_gb=0, capability=(8, 9), ram_gb=24) -> hardware.Machine:
+    gpus = (hardware.Gpu(0, name, memory_gb * GB, capability, "580"),) if name else ()
+    return hardware.Machine(gpus, "CPU", 2, frozenset({"avx512_bf16"}), ram_gb * GB, 100 * GB,
+                            "Linux", "3.11", "")
+
+
+@pytest.fixture(autouse=True)
+def no_choice(monkeypatch):
+    monkeypatch.delenv(models.VARIABLE, raising=False)
+
+
+@pytest.mark.parametrize("gpu, memory, capability, expected", [
+    ("H100", 80, (9, 0), "phi-4"), ("A40", 48, (8, 6), "phi-4"), ("RTX 4090", 24, (8, 9), "phi-4"),
+    ("T4", 16, (7, 5), "phi-4-mini"), ("V100", 32, (7, 0), "tiny-phi4"), ("", 0, None, "tiny-phi4"),
+])
+def test_the_best_model_that_fits_is_chosen(gpu, memory, capability, expected):
+    assert models.choose(machine(gpu, memory, capability)).name == expected
+
+
+def test_the_variable_overrides_and_the_argument_overrides_it(monkeypatch):
+    monkeypatch.setenv(models.VARIABLE, "phi-4-mini")
+    assert models.choose(machine("H100", 80)).name == "phi-4-mini"
+    assert models.choose(machine("H100", 80), "tiny-phi4").name == "tiny-phi4"
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(WorkbookError, match="phi-4, phi-4-mini, tiny-phi4"):
+        models.choose(machine(), "phi-5")
+
+
+def test_a_gpu_too_small_for_the_profile_is_a_sentence():
+    with pytest.raises(WorkbookError, match="18.0 GB .* the GPU has 16.0 GB"):
+        models.choose(machine("T4", 16, (7, 5)), "phi-4")
+
+
+def test_the_bundled_profile_is_the_bundled_directory(tiny_base):
+    profile = models.tiny()
+    assert profile.path == tiny_base and profile.task == "tiny_gsm8k"
+    assert 2_000_000 < profile.parameters < 5_000_000
+    assert profile.bf16_bytes == 2 * profile.parameters
+    assert profile.revision.startswith("sha256:")
+    assert models.obtain(profile) == tiny_base
+
+
+def test_a_directory_is_a_profile(tiny_base, tmp_path):
+    copy = shutil.copytree(tiny_base, tmp_path / "mine")
+    profile = models.choose(machine(), str(copy))
+    assert (profile.name, profile.source, profile.task) == ("mine", "directory", "tiny_gsm8k")
+    assert models.obtain(profile) == copy
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda d: (d / "config.json").unlink(), "no config.json"),
+    (lambda d: (d / "config.json").write_text("{"), "not JSON"),
+    (lambda d: (d / "config.json").write_text("{}"), "model_type"),
+    (lambda d: (d / "pytorch_model.bin").write_bytes(b"\x80"), "pickled weights"),
+    (lambda d: (d / "model.safetensors").unlink(), "no safetensors"),
+    (lambda d: (d / "model.safetensors").write_bytes(
+        (d / "model.safetensors").read_bytes()[:-9]), "its header announces"),
+    (lambda d: flip(d / "model.safetensors"), "has changed since it was written"),
+])
+def test_a_directory_that_is_no_usable_model_is_refused(tiny_base, tmp_path, damage, says):
+    copy = shutil.copytree(tiny_base, tmp_path / "mine")
+    damage(copy)
+    with pytest.raises(WorkbookError, match=says):
+        models.check_directory(copy)
+    with pytest.raises(WorkbookError):
+        models.choose(machine(), str(copy))
+
+
+def obtain_offline(tmp_path, **environment) -> str:
+    """What `models.obtain` of Phi-4 says in a process of its own, with an empty cache."""
+    code = ("from helpers import WorkbookError, models\n"
+            "try: models.obtain(models.PHI4)\n"
+            "except WorkbookError as error: print(error)")
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO,
+                          env=os.environ | {"HF_HOME": str(tmp_path)} | environment).stdout
+
+
+def test_no_network_on_a_hub_profile_is_a_sentence(tmp_path):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    shutil_free = shutil.disk_usage(tmp_path).free
+    if shutil_free < models.PHI4.bf16_bytes:
+        pytest.skip("the disk is checked before the network, and it is too small here")
+    said = obtain_offline(tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{port}")
+    assert "microsoft/phi-4 at 187ef034 could not be downloaded" in said
+    assert "tiny-phi4, which is bundled" in said
+
+
+def test_offline_mode_is_honoured(tmp_path):
+    if shutil.disk_usage(tmp_path).free < models.PHI4.bf16_bytes:
+        pytest.skip("the disk is checked before the network, and it is too small here")
+    assert "could not be downloaded" in obtain_offline(tmp_path, HF_HUB_OFFLINE="1")
+
+
+def test_a_disk_too_small_for_the_download_is_said_first(tmp_path):
+    with pytest.raises(WorkbookError, match="nothing half-written is left"):
+        workspace.require_disk(tmp_path, 10**18, "Downloading microsoft/phi-4")
+
+
+def test_the_ledger_gets_name_repository_and_revision():
+    assert models.model_info(models.PHI4) == {
+        "profile": "phi-4", "repo": "microsoft/phi-4",
+        "revision": "187ef0342fff0eb3333be9f00389385e95ef0b61"}
+    assert json.dumps(models.model_info(models.tiny()))

@@ -1,0 +1,84 @@
+"""Bytes and ceilings, against real headers, Transformers' own model, and the published figures."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import REPO
+
+from helpers import checkpoint, hardware, ledger, models, roofline
+
+PHI4 = roofline.load_config(REPO / "data" / "phi4")
+
+
+def test_phi4s_bytes_follow_from_its_config():
+    planned = roofline.tensors(PHI4)
+    assert checkpoint.total_bytes(planned) == models.PHI4.bf16_bytes == 29_319_014_400
+    fp8 = checkpoint.total_bytes(checkpoint.predict_fp8(planned))
+    assert fp8 == models.PHI4.fp8_bytes == 15_691_827_200
+    assert sum(t.nbytes // 2 for t in planned) == models.PHI4.parameters
+    assert len(checkpoint.linears(planned)) == 160
+
+
+def test_the_plan_of_a_config_is_the_model_transformers_builds():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(REPO / "data/phi4"))
+    built = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert built == {t.name: t.shape for t in roofline.tensors(PHI4)}
+
+
+def test_the_plan_is_the_real_header_of_the_bundled_model(tiny_base):
+    real = {(t.name, t.dtype, t.shape, t.nbytes) for t in checkpoint.census(tiny_base)}
+    planned = roofline.tensors(roofline.load_config(tiny_base))
+    assert real == {(t.name, t.dtype, t.shape, t.nbytes) for t in planned}
+
+
+def test_phi4_mini_is_tied_and_its_bytes_follow_too():
+    config = PHI4 | {"hidden_size": 3072, "intermediate_size": 8192, "vocab_size": 200064,
+                     "num_attention_heads": 24, "num_key_value_heads": 8, "num_hidden_layers": 32,
+                     "tie_word_embeddings": True}
+    planned = roofline.tensors(config)
+    assert checkpoint.total_bytes(planned) == models.PHI4_MINI.bf16_bytes
+    assert checkpoint.total_bytes(checkpoint.predict_fp8(planned)) == models.PHI4_MINI.fp8_bytes
+    assert sum(t.nbytes // 2 for t in planned) == models.PHI4_MINI.parameters
+    assert roofline.bytes_per_token(planned) == checkpoint.total_bytes(planned)
+
+
+def test_bytes_per_token_leave_out_the_embedding_alone():
+    planned = roofline.tensors(PHI4)
+    assert checkpoint.total_bytes(planned) - roofline.bytes_per_token(planned) == 2 * 100352 * 5120
+    bf16, fp8 = (roofline.decode_bytes(PHI4, arm) for arm in ("bf16", "fp8"))
+    assert (round(bf16 / 1e9, 2), round(fp8 / 1e9, 2), round(bf16 / fp8, 2)) == (28.29, 14.66, 1.93)
+    assert roofline.kv_bytes_per_token(PHI4) == 204_800
+
+
+def test_the_published_a40_figures_are_two_thirds_of_their_ceilings():
+    ceilings = roofline.gpu_table(PHI4).loc["A40"]
+    value = {row["arm"]: row["value"] for row in ledger.published()
+             if row["experiment"] == "throughput"}
+    assert round(100 * value["bf16"] / ceilings["bf16 ceiling"]) == 69
+    assert round(100 * value["fp8"] / ceilings["FP8 ceiling"]) == 67
+
+
+def test_every_gpu_has_a_source_and_a_path_by_its_capability():
+    table = roofline.gpu_table(PHI4)
+    assert all(gpu["source"] for gpu in roofline.gpus())
+    assert table["path"].to_dict()["A40"] == "W8A16"
+    assert table["path"].to_dict()["L40S"] == "W8A8"
+    assert table["path"].to_dict()["V100 SXM2 32 GB"] == "none"
+
+
+def test_a_gpus_bandwidth_is_its_data_sheets():
+    gpu = hardware.Gpu(0, "NVIDIA A40", 48 * 10**9, (8, 6), "")
+    found = roofline.read_bandwidth(SimpleNamespace(gpus=(gpu,)))
+    assert (found.bytes_per_s, found.source) == (696e9, "NVIDIA A40 data sheet")
+
+
+def test_the_measured_bandwidth_of_this_machine_is_one_a_machine_can_have():
+    found = roofline.read_bandwidth(SimpleNamespace(gpus=()))
+    assert 1e9 < found.bytes_per_s < 1e12
+    assert found.source.startswith("measured")
+    with pytest.raises(AttributeError):
+        models.NO_SUCH_NAME  # noqa: B018
