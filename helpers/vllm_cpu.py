@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 CHECKED_VLLM = "0.32.0"
 NUMERICS = ("w8a16", "w8a8")
 
-# The rows and columns of the packed weight come in tiles of 32; vLLM's op aborts the process on
-# other widths. 128 is its fixed block of K for the block scales, which are all one here.
+# The rows and columns of the packed weight come in tiles of 32, and activations are bfloat16:
+# vLLM's op aborts the process on anything else. 128 is its fixed block of K for the
+# block scales, which are all one here.
 _TILE = 32
 _SCALE_BLOCK_K = 128
 
@@ -141,8 +142,8 @@ def can_pack(rows: int, columns: int, dtype: torch.dtype) -> bool:
     """Whether vLLM's W8A16 GEMM is here and takes a [rows, columns] weight and such activations."""
     import torch
 
-    return (_has_packed_gemm() and dtype in (torch.bfloat16, torch.float16)
-            and rows % _TILE == 0 and columns % _TILE == 0)
+    return (_has_packed_gemm() and dtype == torch.bfloat16 and rows % _TILE == 0
+            and columns % _TILE == 0)
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -251,9 +252,11 @@ def kernel_class(numerics: str) -> type:
             layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
 
         def apply_weights(self, layer, x, bias=None):
-            x_2d = x.reshape(-1, x.shape[-1])
-            out = self.product(layer, x_2d, bias)
-            return out.view(*x.shape[:-1], out.shape[-1])
+            *batch, _ = x.shape
+            rows = layer.weight_scale.numel()
+            if x.numel() == 0:  # which vLLM's op answers with SIGFPE
+                return x.new_empty(*batch, rows)
+            return self.product(layer, x.reshape(-1, x.shape[-1]), bias).view(*batch, rows)
 
         def apply_scaled_mm(self, **_):
             raise NotImplementedError("apply_weights does it all")

@@ -1,0 +1,216 @@
+"""Run by tests/test_vllm_cpu.py in the serving environment; prints what it measured as JSON.
+
+Every figure comes from vLLM's own classes: the kernel is chosen by vLLM's own selection, given a
+layer as vLLM's compressed-tensors scheme leaves it, and called as vLLM calls it.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+
+import torch
+
+PHI4 = {"qkv": (7680, 5120), "o": (5120, 5120), "gate_up": (35840, 5120), "down": (5120, 17920)}
+BUNDLED = {"tiny qkv": (384, 256), "tiny o": (256, 256), "tiny gate_up": (1536, 256),
+           "tiny down": (256, 768)}
+ODD = {"N not of 32": (100, 256), "K not of 128": (64, 96), "K not of 32": (64, 100),
+       "one of each": (1, 1), "odd both": (333, 77)}
+
+
+def codes(rows: int, columns: int) -> torch.Tensor:
+    """Every finite E4M3 code, equally likely."""
+    random = torch.randint(0, 256, (rows, columns), dtype=torch.uint8)
+    random[(random & 0x7F) == 0x7F] = 0
+    return random.view(torch.float8_e4m3fn)
+
+
+def selected(shape: tuple[int, int], dtype=torch.bfloat16, weight="channel"):
+    """The kernel vLLM selects for FP8_DYNAMIC (or a per-tensor static) linear of this shape."""
+    from vllm.model_executor.kernels.linear import init_fp8_linear_kernel
+    from vllm.model_executor.layers.quantization.utils import quant_utils as keys
+
+    activation, weight = {
+        "channel": (keys.kFp8DynamicTokenSym, keys.kFp8StaticChannelSym),
+        "tensor": (keys.kFp8StaticTensorSym, keys.kFp8StaticTensorSym),
+    }[weight]
+    return init_fp8_linear_kernel(activation_quant_key=activation, weight_quant_key=weight,
+                                  input_dtype=dtype, out_dtype=dtype, weight_shape=shape)
+
+
+def layer_of(weight: torch.Tensor, scale: torch.Tensor) -> torch.nn.Module:
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(weight.t(), requires_grad=False)
+    layer.weight_scale = torch.nn.Parameter(scale.clone(), requires_grad=False)
+    return layer
+
+
+def relative_error(y, reference) -> float:
+    return ((y.double() - reference).norm() / reference.norm()).item()
+
+
+def in_float64(x, weight, scale, bias):
+    """x times the dequantized weight, in float64, a block of rows at a time."""
+    parts = [x.double() @ (w.double() * s.double()).t()
+             for w, s in zip(weight.split(2048), scale.split(2048), strict=True)]
+    return torch.cat(parts, 1) + (bias.double() if bias is not None else 0)
+
+
+def per_token(x: torch.Tensor) -> torch.Tensor:
+    """x as the W8A8 kernel sees it, dequantized: amax / 448 per row, round to nearest even."""
+    scale = (x.float().abs().amax(-1, keepdim=True) / 448).clamp(min=1 / (448 * 512))
+    return (x.float() * scale.reciprocal()).to(torch.float8_e4m3fn).double() * scale.double()
+
+
+def errors(numerics: str, shape: tuple[int, int], rows: int, with_bias=False,
+           scale_dtype=torch.float32) -> dict:
+    weight = codes(*shape)
+    scale = ((torch.rand(shape[0], 1) + 0.5) * 1e-3).to(scale_dtype)
+    bias = torch.randn(shape[0]).bfloat16() if with_bias else None
+    x = torch.randn(rows, shape[1]).bfloat16()
+    kernel = selected(shape)
+    layer = layer_of(weight, scale)
+    kernel.process_weights_after_loading(layer)
+    y = kernel.apply_weights(layer, x, bias)
+    seen = x if numerics == "w8a16" else per_token(x)
+    reference = in_float64(seen, weight, scale, bias)
+    rounded = (weight.float() * scale.float()).bfloat16()
+    bf16 = torch.nn.functional.linear(seen.bfloat16(), rounded, bias)
+    return {"kernel": type(kernel).__name__, "rows": rows, "shape": shape,
+            "dtype": str(y.dtype), "ours": relative_error(y, reference),
+            "bf16": relative_error(bf16, reference)}
+
+
+def accuracy(numerics: str) -> dict:
+    measured = {}
+    for name, shape in PHI4.items():
+        for rows in (1, 3, 64):
+            measured[f"{name}, {rows}"] = errors(numerics, shape, rows)
+    for name, shape in {**BUNDLED, **ODD}.items():
+        for rows in (1, 2, 5, 130, 700):
+            measured[f"{name}, {rows}"] = errors(numerics, shape, rows)
+    measured["bias"] = errors(numerics, (384, 256), 7, with_bias=True)
+    measured["bias, odd"] = errors(numerics, (33, 70), 7, with_bias=True)
+    measured["bf16 scales"] = errors(numerics, (384, 256), 7, scale_dtype=torch.bfloat16)
+    return measured
+
+
+def shapes() -> dict:
+    """A batch of sequences, no rows, float16, one thread, and weights that hold a NaN."""
+    weight, scale = codes(384, 256), torch.full((384, 1), 1e-3)
+
+    def run(x, dtype=torch.bfloat16):
+        kernel, layer = selected((384, 256), dtype), layer_of(weight, scale)
+        kernel.process_weights_after_loading(layer)
+        return kernel.apply_weights(layer, x.to(dtype))
+
+    x = torch.randn(2, 5, 256)
+    flat = run(x.reshape(10, 256))
+    half = run(x, torch.float16)
+    torch.set_num_threads(1)
+    alone = run(x.reshape(10, 256))
+    torch.set_num_threads(2)
+    bad = weight.clone().view(torch.uint8)
+    bad[5, 7] = 0xFF
+    kernel = selected((384, 256))
+    refused = ""
+    try:
+        kernel.process_weights_after_loading(layer_of(bad.view(torch.float8_e4m3fn), scale))
+    except ValueError as error:
+        refused = str(error)
+    return {"batch": list(run(x).shape), "batch equals rows": run(x).view(10, -1).equal(flat),
+            "no rows": list(run(torch.empty(0, 256)).shape),
+            "float16": str(half.dtype), "one thread": alone.equal(flat),
+            "float16 error": relative_error(half.view(10, -1), in_float64(
+                x.reshape(10, 256).half(), weight, scale, None)), "NaN": refused}
+
+
+@contextlib.contextmanager
+def messages():
+    """What the plugin logs: a list of (level, text)."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append((record.levelname, record.getMessage()))
+    logger = logging.getLogger("vllm.phi4_fp8_cpu")
+    logger.addHandler(handler)
+    yield said
+    logger.removeHandler(handler)
+
+
+def registration() -> dict:
+    """What `register` does to vLLM's list of kernels; the list is put back afterwards."""
+    import vllm
+    from vllm import platforms
+    from vllm.model_executor.kernels import linear
+    from vllm.platforms.interface import PlatformEnum, UnspecifiedPlatform
+
+    from helpers import vllm_cpu
+
+    kernels = linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CPU]
+    stock = [kernel.__name__ for kernel in kernels]
+    found = {"stock": stock, "stock choice": type(selected((384, 256))).__name__}
+
+    def names():
+        return [kernel.__name__ for kernel in kernels]
+
+    asked = []
+    real = torch.cpu._init_amx
+    torch.cpu._init_amx = lambda: asked.append(True) or real()
+    # A platform that is no CPU: vLLM's own class for one it does not know.
+    cpu, platforms.current_platform = platforms.current_platform, UnspecifiedPlatform()
+    vllm_cpu.register()
+    found["elsewhere"], found["elsewhere asked for AMX"] = names(), len(asked)
+    platforms.current_platform = cpu
+
+    with messages() as said:  # a vLLM in which the list has another name
+        moved = linear._POSSIBLE_FP8_KERNELS
+        del linear._POSSIBLE_FP8_KERNELS
+        vllm_cpu.register()
+        linear._POSSIBLE_FP8_KERNELS = moved
+    found["moved"], found["moved said"] = names(), said
+
+    asked.clear()
+    with messages() as said:
+        vllm_cpu.register()
+    found["default"], found["default said"] = names(), said
+    found["AMX"] = bool(torch.cpu._is_amx_tile_supported())
+    found["asked for AMX"] = len(asked)
+    vllm_cpu.register()
+    found["twice"] = names()
+    found["per tensor"] = type(selected((384, 256), weight="tensor")).__name__
+
+    with messages() as said:
+        true_version, vllm.__version__ = vllm.__version__, "0.99.0"
+        vllm_cpu.register()
+        vllm.__version__ = true_version
+    found["other version said"] = said
+    kernels[:] = [kernel for kernel in kernels if kernel.__name__ in stock]
+    torch.cpu._init_amx = real
+    return found
+
+
+def main() -> dict:
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from helpers import vllm_cpu
+
+    torch.manual_seed(0)
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    finite = ~every.float().isnan()
+    measured = {"upcast": (vllm_cpu.upcast(every) * 256).equal(
+        torch.where(finite, every.float(), vllm_cpu.upcast(every) * 256)),
+        "finite": int(finite.sum()), "op": vllm_cpu._has_packed_gemm()}
+    with set_current_vllm_config(VllmConfig()):
+        measured["registration"] = registration()
+        for numerics in vllm_cpu.NUMERICS:
+            os.environ["PHI4_FP8_CPU_NUMERICS"] = numerics
+            vllm_cpu.register()
+            measured[numerics] = {"accuracy": accuracy(numerics), "shapes": shapes()}
+    return measured
+
+
+if __name__ == "__main__":
+    result = main()
+    with open(sys.argv[1], "w") as out:
+        json.dump(result, out)
