@@ -150,7 +150,8 @@ def _checkpoint(model: Path) -> list | str:
 
 def show(arguments: dict) -> None:
     """Print the call that the arguments make, without this machine's paths and port."""
-    places = {str(workspace.root()): "workspace", str(workspace.repo()): "."}
+    places = {str(workspace.root()): "workspace", str(workspace.repo()): ".",
+              str(Path.home()): "~"}
 
     def text(value) -> str:
         found = repr(value) if not hasattr(value, "load") else "TaskManager(...)"
@@ -200,8 +201,8 @@ def watched(server, arm: str):
     except (aiohttp.ClientError, requests.RequestException, TimeoutError) as error:
         raise WorkbookError(
             f"The {arm} server did not answer a request: {error}.",
-            f"{serving.explain(server.log())[0]} {progress.done} of {progress.total} answers had "
-            "arrived, and they are kept.",
+            f"{progress.done} of {progress.total} answers had arrived, and they are kept. "
+            f"{serving.explain(server.log())[0]}",
             "Start the server again and run this cell again: only the missing rows are asked for. "
             f"The server's log is {server.log_path}.") from None
     except (ConnectionError, DatasetsError) as error:
@@ -434,3 +435,24 @@ def flips(first: Evaluation, second: Evaluation, name: str = "strict-match"):
     return pd.DataFrame(rows, columns=[
         "doc_id", "change", "question", f"{first.arm} answer", f"{second.arm} answer",
         f"{first.arm} response", f"{second.arm} response"])
+
+
+def side_by_side(first: Evaluation, second: Evaluation, doc_id: int):
+    """Two arms' answers to one item, for a notebook: HTML with the words that differ marked."""
+    import difflib
+    import html
+
+    from IPython.display import HTML
+
+    pair = [next(item for item in arm.samples if item["doc_id"] == doc_id)
+            for arm in (first, second)]
+    words = [re.findall(r"\s+|[^\s]+", item["response"].strip()) for item in pair]
+    marked = ["", ""]
+    for kind, *bounds in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
+        for side, (start, end) in enumerate((bounds[:2], bounds[2:])):
+            text = html.escape("".join(words[side][start:end]))
+            marked[side] += text if kind == "equal" or not text else f"<mark>{text}</mark>"
+    cells = "".join(f"<td style='text-align:left;vertical-align:top;white-space:pre-wrap'>{text}"
+                    "</td>" for text in marked)
+    return HTML(f"<p>{html.escape(pair[0]['question'])}</p><table><tr><th>{html.escape(first.arm)}"
+                f"</th><th>{html.escape(second.arm)}</th></tr><tr>{cells}</tr></table>")

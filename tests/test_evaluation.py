@@ -256,6 +256,15 @@ def test_flips_are_the_items_off_the_diagonal(score):
     assert evaluation.flips(score, score).empty
 
 
+def test_side_by_side_marks_the_words_that_differ(score):
+    item = score.samples[0]
+    one = replace(score, samples=[dict(item, response=" 3 + 4 = 7 <b>\n#### 7")])
+    other = replace(score, arm="fp8", samples=[dict(item, response=" 3 + 4 = 8 <b>\n#### 8")])
+    page = evaluation.side_by_side(one, other, item["doc_id"]).data
+    assert "3 + 4 = <mark>7</mark> &lt;b&gt;\n#### <mark>7</mark>" in page
+    assert "3 + 4 = <mark>8</mark> &lt;b&gt;\n#### <mark>8</mark>" in page
+
+
 # Interrupted, and broken
 
 CHILD = """
