@@ -1,0 +1,1 @@
+"""How the bundled problems and the bundled model were made."""
