@@ -16,6 +16,7 @@ from helpers import WorkbookError
 ITEM_BYTES = {"F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1, "BF16": 2, "F16": 2,
               "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
 FP8_SUFFIX = ".weight_scale"
+ROLES = ("embedding", "attention", "mlp", "norm", "scale", "lm_head")  # from input to output
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,13 @@ def by_dtype(tensors: list[TensorInfo]):
 
 
 def by_role(tensors: list[TensorInfo]):
-    """A DataFrame by what the tensors are for, columns as in `by_dtype`."""
-    return _grouped(tensors, role, "role")
+    """A DataFrame by what the tensors are for, in the order of `ROLES`; columns as in `by_dtype`."""
+    table = _grouped(tensors, role, "role")
+    return table.loc[[each for each in ROLES if each in table.index]]
 
 
 def role(tensor: TensorInfo) -> str:
-    """embedding, attention, mlp, norm, lm_head, or scale."""
+    """What a tensor is for: one of `ROLES`."""
     name = tensor.name
     if name.endswith(FP8_SUFFIX):
         return "scale"

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import evaluation, hardware, ledger, models, quantize, serving, throughput, workspace
+from helpers import evaluation, hardware, ledger, models, quantize, serving, workspace
 from helpers.hardware import Machine, ServingPath
 from helpers.models import Profile
 
@@ -39,12 +39,12 @@ class Course:
         where = "GPU memory" if self.path.device == "cuda" else "RAM"
         bf16, fp8 = size(self.profile.bf16_bytes), size(self.profile.fp8_bytes)
         rows = [
-            ("01 load", bf16 if self.profile.source == "hub" else "0 MB", f"{bf16} {where}"),
+            ("01 load", bf16 if self.profile.source == "hub" else "nothing", f"{bf16} {where}"),
             ("02 quantize", fp8, f"{bf16} RAM"),
-            ("03 inspect", "0 MB", "one tensor at a time"),
-            ("04 serve", "0 MB", f"{fp8} {where} and the KV cache"),
+            ("03 inspect", "nothing", "one tensor at a time"),
+            ("04 serve", "a log", f"{fp8} {where} and the KV cache"),
             ("05 gsm8k", "a few MB of answers", f"{bf16} {where} and the KV cache"),
-            ("06 throughput", "0 MB", f"{bf16} {where} and the KV cache"),
+            ("06 throughput", "a log", f"{bf16} {where} and the KV cache"),
         ]
         return pd.DataFrame(rows, columns=["notebook", "writes to disk", "weights in memory"])
 
@@ -106,6 +106,9 @@ def open_course() -> Course:
     Raises `WorkbookError` when the machine has a GPU that vLLM cannot use for FP8, when
     PHI4_FP8_PROFILE names no profile, or when the profile does not fit.
     """
+    import pandas as pd
+
+    pd.set_option("display.max_colwidth", None)  # a table that hides its words helps nobody
     machine = hardware.detect()
     return Course(machine, hardware.serving_path(machine), models.choose(machine))
 

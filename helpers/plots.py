@@ -49,7 +49,7 @@ def decode_ceilings(table) -> None:
     axis.invert_yaxis()
     axis.barh([0], [0], color=BF16, label="bf16")
     axis.barh([0], [0], color=FP8, label="FP8")
-    axis.legend(loc="lower right", frameon=False)
+    axis.legend(loc="upper right", frameon=False)
     axis.set_xlabel("ceiling for one stream of Phi-4, tokens/s (bandwidth / bytes per token)")
     axis.set_title("FP8 raises every GPU's ceiling by the same 1.93x", loc="left")
     show(figure, f"Bars: the decoding ceiling of Phi-4 in bf16 and FP8 for {len(table)} GPUs; "
@@ -61,7 +61,7 @@ def bytes_by_role(censuses: dict) -> None:
     import matplotlib
 
     figure, axis = _axes(height=0.8 * len(censuses) + 1.3)
-    roles = list(dict.fromkeys(role for table in censuses.values() for role in table.index))
+    roles = list(next(iter(censuses.values())).index)
     colours = dict(zip(roles, matplotlib.colormaps["cividis"].resampled(len(roles)).colors,
                        strict=True))
     for row, table in enumerate(censuses.values()):
@@ -96,13 +96,13 @@ def number_lines(e4m3) -> None:
     for row, (name, values, colour) in enumerate([("INT8", coarse, BF16), ("E4M3", fine, FP8)]):
         line.plot(values, [row] * len(values), "|", ms=22, color=colour, mew=0.8)
         positive = values[values > 0]
-        step.loglog(positive[1:], positive.diff() / positive[1:] * 100, color=colour, label=name)
+        step.loglog(positive[:-1], positive.diff() / positive[:-1] * 100, color=colour, label=name)
     line.set_yticks([0, 1], ["INT8", "E4M3"])
     line.set_ylim(-0.6, 1.6)
     line.set_xlabel("value / amax")
     line.set_title("E4M3 crowds its values around zero", loc="left")
     step.set_xlabel("value / amax")
-    step.set_ylabel("step to the value below, %")
+    step.set_ylabel("step to the next value, %")
     step.legend(frameon=False)
     step.set_title("and keeps 6.7 to 12.5 % over four decades", loc="left")
     show(figure, "Left: the values of INT8, evenly spaced, and of E4M3, dense around zero. Right: "

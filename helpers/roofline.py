@@ -101,7 +101,7 @@ def gpu_table(config: dict):
         "memory, GB": gpu["memory_gb"], "bandwidth, GB/s": gpu["bandwidth_gb_s"],
         "bf16 ceiling": round(gpu["bandwidth_gb_s"] * 1e9 / bf16, 1),
         "FP8 ceiling": round(gpu["bandwidth_gb_s"] * 1e9 / fp8, 1),
-    } for gpu in gpus()]).set_index("GPU")
+    } for gpu in sorted(gpus(), key=lambda gpu: gpu["bandwidth_gb_s"])]).set_index("GPU")
 
 
 def read_bandwidth(machine: Machine) -> Bandwidth:
