@@ -32,7 +32,7 @@ GRACE = 4  # seconds that vLLM has to end by itself before it is killed
 _CONTEXT = 4096  # tokens; gsm8k's 5-shot prompts are about 1,000, the benchmark's 1,500
 
 # vLLM is told to keep to itself, and to this machine: the model is always a local directory.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
     "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1",
 }
@@ -88,6 +88,7 @@ class VllmServer:
         self._port = port
         self._env = env or {}
         self._supervisor = None
+        self.session = 0  # the session that all its processes share: the supervisor's id
 
     def __enter__(self) -> "VllmServer":
         return self.start()
@@ -110,6 +111,7 @@ class VllmServer:
         began = time.monotonic()
         progress = _Progress(f"vLLM: {self.model_name}")
         self._supervisor = self._start_supervisor(port)
+        self.session = self._supervisor.pid
         try:
             self._wait_until_ready(began, progress)
         except BaseException:
@@ -155,7 +157,7 @@ class VllmServer:
                 *self.flags]
 
     def _start_supervisor(self, port: int) -> subprocess.Popen:
-        env = {**os.environ, **_ENVIRONMENT, "VLLM_API_KEY": self.api_key, **self._env}
+        env = {**os.environ, **ENVIRONMENT, "VLLM_API_KEY": self.api_key, **self._env}
         if "uni" in self.flags:
             # vLLM 0.32's CPU platform turns `uni` back into `mp` unless this is off. The API
             # server still runs its engine in a process of its own, and still notices its death.
@@ -234,6 +236,17 @@ class VllmServer:
 
     def _log_name(self) -> str:
         return str(self.log_path.relative_to(workspace.root().parent))
+
+
+def processes(server: VllmServer) -> list[psutil.Process]:
+    """The living processes of a server: its supervisor, vLLM's API server, engine and workers."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if (server.session and os.getsid(process.pid) == server.session
+                    and process.status() != psutil.STATUS_ZOMBIE):
+                found.append(process)
+    return found
 
 
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
