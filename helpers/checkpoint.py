@@ -120,7 +120,7 @@ def by_dtype(tensors: list[TensorInfo]):
 
 
 def by_role(tensors: list[TensorInfo]):
-    """A DataFrame by what the tensors are for, in the order of `ROLES`; columns as in `by_dtype`."""
+    """A DataFrame by what tensors are for, in the order of `ROLES`; columns as in `by_dtype`."""
     table = _grouped(tensors, role, "role")
     return table.loc[[each for each in ROLES if each in table.index]]
 

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import evaluation, hardware, ledger, models, quantize, serving, workspace
+from helpers import evaluation, hardware, ledger, models, quantize, serving, throughput, workspace
 from helpers.hardware import Machine, ServingPath
 from helpers.models import Profile
 

@@ -6,7 +6,7 @@
 
 import sys
 
-from helpers import ledger, models, workspace
+from helpers import hardware, ledger, models, statistics, workspace
 
 # What a row must share with the published one before the two may be called equal or different.
 # A speed also needs the same GPU; an accuracy does not depend on how fast it was computed.
@@ -19,8 +19,9 @@ def measured_beside_published(rows: list[dict] | None = None, profile: str | Non
 
     `rows`: ledger rows, the workspace's ledger by default; `profile`: only that profile's rows.
     A DataFrame with columns claim, published, measured, path, verdict. The verdict is "agrees" or
-    "differs" (is the published value inside the measured 95 % interval?) where the work was the
-    same, and "not measured here" where it was not; then "measured" says what was done instead.
+    "differs" (is the published value inside the measured 95 % interval, or for a speed inside the
+    range of the rounds?) where the work was the same, and "not measured here" where it was not;
+    then "measured" says what was done instead.
     """
     import pandas as pd
 
@@ -59,12 +60,14 @@ def _same_work(row: dict, claim: dict) -> bool:
 
 
 def _metric(row: dict, claim: dict) -> tuple[float, float, float]:
-    """The row's value and 95 % interval for this claim."""
+    """The row's figure for this claim, from and to: Wilson's 95 % interval, or the rounds' range."""
     metrics = row["metrics"]
     if claim["experiment"] == "throughput":
-        return metrics["output_tok_s"], metrics["low"], metrics["high"]
-    entry = metrics[claim["work"].get("filter", "strict-match")]
-    return entry["value"], entry["low"], entry["high"]
+        return tuple(metrics[f"output_tok_s{end}"] for end in ("", "_min", "_max"))
+    value, n = metrics[claim["work"].get("filter", "strict-match")], row["work"]["limit"]
+    right = round(value * n)
+    interval = statistics.wilson([1] * right + [0] * (n - right))
+    return interval.value, interval.low, interval.high
 
 
 def _figure(value: float, unit: str) -> str:
@@ -117,7 +120,5 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--readme"]:
         write_readme()
     else:
-        from helpers import hardware
-
         chosen = models.choose(hardware.detect()).name
         print(measured_beside_published(profile=chosen).to_string(index=False))

@@ -1,0 +1,62 @@
+"""The closing table: a verdict only where the work was the same."""
+
+import pytest
+from conftest import REPO
+
+from helpers import ledger, models, report
+
+GSM8K = {"task": "gsm8k", "limit": 100, "num_fewshot": 5}
+
+
+def row(tmp_path, experiment="gsm8k", model=models.PHI4, work=GSM8K, hardware=None, **metrics):
+    written = ledger.record(
+        experiment, "fp8", work, metrics, model=models.model_info(model), path="gpu-w8a8",
+        kernel="K", ledger=tmp_path / "ledger.jsonl")
+    return written | {"hardware": hardware or written["hardware"]}
+
+
+def verdicts(rows, experiment="gsm8k", source="gsm8k exact_match, strict-match, fp8"):
+    table = report.measured_beside_published(rows).set_index("published claim")
+    return table.loc[[claim for claim in table.index if claim.startswith(source)]].iloc[0]
+
+
+def test_an_empty_ledger_measures_nothing(tmp_path):
+    table = report.measured_beside_published([])
+    assert set(table["verdict"]) == {"not measured here"}
+    assert set(table["measured"]) == {""}
+    claims = [c for c in ledger.published() if c["experiment"] in ("gsm8k", "throughput")]
+    assert len(table) == len(claims) == 8
+
+
+@pytest.mark.parametrize("value, verdict", [(0.93, "agrees"), (0.90, "agrees"), (0.80, "differs")])
+def test_the_same_work_agrees_inside_wilsons_interval(tmp_path, value, verdict):
+    rows = [row(tmp_path, **{"strict-match": value, "flexible-extract": value})]
+    assert verdicts(rows)["verdict"] == verdict
+
+
+def test_a_tiny_models_score_is_never_set_against_phi4s(tmp_path):
+    tiny = row(tmp_path, model=models.tiny(), work=GSM8K | {"task": "tiny_gsm8k"},
+               **{"strict-match": 0.93, "flexible-extract": 0.93})
+    found = verdicts([tiny])
+    assert found["verdict"] == "not measured here"
+    assert found["measured"].startswith("another experiment: tiny-phi4 on tiny_gsm8k, 0.93")
+
+
+@pytest.mark.parametrize("change", [{"limit": 200}, {"num_fewshot": 0}, {"task": "gsm8k_cot"}])
+def test_other_rows_shots_or_tasks_are_other_work(tmp_path, change):
+    rows = [row(tmp_path, work=GSM8K | change, **{"strict-match": 0.93, "flexible-extract": 0.93})]
+    assert verdicts(rows)["verdict"] == "not measured here"
+
+
+@pytest.mark.parametrize("gpu, verdict", [("NVIDIA A40", "agrees"),
+                                          ("NVIDIA H100 80GB HBM3", "not measured here")])
+def test_a_speed_is_compared_on_the_same_gpu_only(tmp_path, gpu, verdict):
+    rows = [row(tmp_path, "throughput", work={"output_tokens": 500},
+                hardware={"gpus": [gpu], "cpu": "", "cores": 8},
+                output_tok_s=32, output_tok_s_min=31, output_tok_s_max=33)]
+    assert verdicts(rows, source="Output tokens per second on an A40, fp8")["verdict"] == verdict
+
+
+def test_the_readme_holds_the_table_of_the_committed_measurements():
+    assert report.readme_results() in (REPO / "README.md").read_text()
+    assert list((REPO / "data" / "measured").glob("*.jsonl"))
