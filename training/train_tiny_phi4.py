@@ -29,6 +29,7 @@ from training.tokenizer import (
     few_shot_form,
     train_tokenizer,
 )
+from training.write_card import write_card
 
 REPO = Path(__file__).resolve().parent.parent
 TARGET = REPO / "data" / "tiny_phi4"
@@ -301,9 +302,10 @@ def main() -> None:
     tokenizer = build_tokenizer(run)
     model, log = train(run, tokenizer, options.work)
     save_model(run, model, tokenizer, log, options.target)
-    from training.write_card import write_card
-
-    write_card(options.target)
+    if options.target == TARGET:
+        # What was measured on the weights before these is no figure of these.
+        (TARGET / "evaluation.json").unlink(missing_ok=True)
+        write_card(TARGET)
 
 
 if __name__ == "__main__":
