@@ -24,12 +24,10 @@ from pathlib import Path
 
 import psutil
 
-from helpers import WorkbookError, workspace
+from helpers import WorkbookError, models, workspace
 
 STARTUP_TIMEOUT = 1800  # seconds; Phi-4 in bf16 from a slow disk, compiled, takes several minutes
 GRACE = 4  # seconds that vLLM has to end by itself before it is killed
-
-_CONTEXT = 4096  # tokens; gsm8k's 5-shot prompts are about 1,000, the benchmark's 1,500
 
 # vLLM is told to keep to itself, and to this machine: the model is always a local directory.
 ENVIRONMENT = {
@@ -56,7 +54,7 @@ def default_flags(profile, path) -> list[str]:
     CPU: eager, since compiling costs more than it gains in a course; engine and worker in one
     process (`uni`), which shortens the start; 1 GiB of KV cache. GPU: compiled, 90 % of its memory.
     """
-    flags = ["--dtype", "bfloat16", "--max-model-len", str(min(profile.max_model_len, _CONTEXT))]
+    flags = ["--dtype", "bfloat16", "--max-model-len", str(profile.max_model_len)]
     if path.device == "cpu":
         return [*flags, "--enforce-eager", "--max-num-seqs", "16",
                 "--kv-cache-memory-bytes", str(2**30), "--distributed-executor-backend", "uni"]
@@ -98,7 +96,7 @@ class VllmServer:
 
     def start(self) -> "VllmServer":
         """Start vLLM and return when it has generated a token."""
-        _check_model(self.model)
+        models.check_directory(self.model)  # now, not after half a minute of vLLM's start
         if self._port is not None:
             _check_port(self._port)
         port = self._port or _free_port()
@@ -274,20 +272,6 @@ def _check_port(port: int) -> None:
                 f"Port {port} is taken.", f"The system says: {refused.strerror}.",
                 "Leave `port` out and a free one is taken, or stop the program that uses it.",
             ) from None
-
-
-def _check_model(model: Path) -> None:
-    """Refuse what is not a finished checkpoint before vLLM spends half a minute finding out."""
-    made_here = (model / "MANIFEST.json").exists()
-    if ((model / "config.json").exists() and any(model.glob("*.safetensors"))
-            and (not made_here or workspace.is_whole(model))):
-        return
-    raise WorkbookError(
-        f"{model.name} is not a whole model directory.",
-        "It needs a config.json, safetensors weights and, if this workbook made it, every file "
-        "of its manifest: it was half-written, or something of it was removed.",
-        "Make it again: quantize.fp8_checkpoint for an FP8 one, models.obtain for the base model.",
-    )
 
 
 # Progress, read from the log.

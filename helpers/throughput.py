@@ -143,7 +143,7 @@ def _benchmark() -> Iterator:
 def _measure(worker: subprocess.Popen, server: serving.VllmServer, flags: list[str]) -> BenchResult:
     arguments = ["--backend", "openai", "--base-url", server.url, "--endpoint", "/v1/completions",
                  "--model", str(server.model), "--served-model-name", server.model_name,
-                 "--disable-tqdm", "--ready-check-timeout-sec", "0", *flags]
+                 "--disable-tqdm", "--save-detailed", "--ready-check-timeout-sec", "0", *flags]
     try:
         worker.stdin.write(json.dumps({"arguments": arguments, "key": server.api_key}) + "\n")
         worker.stdin.flush()

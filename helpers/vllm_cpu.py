@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 CHECKED_VLLM = "0.32.0"
+VARIABLE = "PHI4_FP8_CPU_NUMERICS"
 NUMERICS = ("w8a16", "w8a8")
 
 # The rows and columns of the packed weight come in tiles of 32, and activations are bfloat16:
@@ -75,17 +76,17 @@ def register() -> None:
         )
         return
     logger.info("FP8 linear layers on this CPU: %s (%s).", kernel.__name__,
-                "PHI4_FP8_CPU_NUMERICS" if wanted else "the default for this CPU")
+                VARIABLE if wanted else "the default for this CPU")
 
 
 def requested_numerics(environ: dict | None = None) -> str | None:
     """What PHI4_FP8_CPU_NUMERICS asks for; None when it is not set."""
     from helpers import WorkbookError
 
-    value = (os.environ if environ is None else environ).get("PHI4_FP8_CPU_NUMERICS", "").strip()
+    value = (os.environ if environ is None else environ).get(VARIABLE, "").strip()
     if value and value not in NUMERICS:
         raise WorkbookError(
-            f"PHI4_FP8_CPU_NUMERICS={value} names no numerics.",
+            f"{VARIABLE}={value} names no numerics.",
             "It decides how FP8 linear layers are computed on a CPU.",
             f"Set it to {' or '.join(NUMERICS)}, or leave it out.",
         )

@@ -1,0 +1,261 @@
+"""A server's life with the real vLLM: ready, refused, dead, and gone, however its owner ends."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from helpers import WorkbookError, hardware, models, serving, workspace
+
+GONE_WITHIN = 10  # seconds
+
+# An owner of a server, in a process of its own: says which session the server is, then goes on.
+OWNER = """
+import sys, threading, time
+from helpers import hardware, models, serving
+path = hardware.serving_path(hardware.detect())
+flags = serving.default_flags(models.PROFILES["tiny-phi4"], path)
+server = serving.VllmServer(sys.argv[1], flags)
+threading.Thread(target=server.start, daemon=True).start()
+while len(serving.processes(server)) < 3:  # the supervisor, the API server, an engine
+    time.sleep(0.2)
+print("session", server.session, flush=True)
+"""
+
+
+def default_flags() -> list[str]:
+    path = hardware.serving_path(hardware.detect())
+    return serving.default_flags(models.PROFILES["tiny-phi4"], path)
+
+
+def left_after(session: int, seconds: float) -> list[str]:
+    """The commands of the session's processes that live on after so many seconds at most."""
+    end = time.monotonic() + seconds
+    while left := serving.processes(SimpleNamespace(session=session)):
+        if time.monotonic() > end:
+            return [" ".join(process.cmdline()) for process in left]
+        time.sleep(0.1)
+    return []
+
+
+def start_owner(model: Path, then: str) -> tuple[subprocess.Popen, int]:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER + then, str(model)],
+                             stdout=subprocess.PIPE, text=True)
+    session = next(int(line.split()[1]) for line in owner.stdout if line.startswith("session"))
+    return owner, session
+
+
+# Ready
+
+
+def test_ready_means_it_answers(fp8_server):
+    assert isinstance(fp8_server.complete("Question", max_tokens=5), str)
+    assert isinstance(fp8_server.chat([{"role": "user", "content": "1 + 1"}], max_tokens=5), str)
+    assert fp8_server.startup_seconds > 1
+
+
+def test_a_two_token_prompt_is_answered(fp8_server):
+    """Stock vLLM 0.32 dies of it, with SIGILL, on a CPU with AMX."""
+    reply = fp8_server._post("/v1/completions", {"prompt": [5, 6], "max_tokens": 3})
+    assert reply["usage"]["prompt_tokens"] == 2
+    assert reply["usage"]["completion_tokens"] >= 1
+
+
+def test_the_kernel_is_read_from_the_log(fp8_server, bf16_server):
+    assert f"Selected {fp8_server.kernel} for" in fp8_server.log()
+    if hardware.serving_path(hardware.detect()).device == "cpu":
+        assert fp8_server.kernel.startswith("CpuFp8")
+    assert bf16_server.kernel == "unquantized"
+
+
+def test_only_this_machine_and_only_with_the_key(fp8_server):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(fp8_server.url + "/v1/models")
+    assert refused.value.code == 401
+    family = serving.processes(fp8_server)
+    assert len(family) >= 3
+    listening = {c.laddr.ip for p in family for c in p.net_connections("inet")
+                 if c.status == psutil.CONN_LISTEN}
+    assert "127.0.0.1" in listening
+    port = int(fp8_server.url.rsplit(":", 1)[1])
+    assert {c.laddr.ip for p in family for c in p.net_connections("inet")
+            if c.laddr.port == port} == {"127.0.0.1"}
+
+
+def test_the_key_is_in_no_command_line_and_no_log(fp8_server):
+    for process in psutil.process_iter(["cmdline"]):
+        assert fp8_server.api_key not in " ".join(process.info["cmdline"] or [])
+    assert fp8_server.api_key not in fp8_server.log()
+
+
+def test_a_refused_request_says_why(fp8_server):
+    with pytest.raises(WorkbookError, match="maximum context length"):
+        fp8_server.complete("1 " * 5000)
+
+
+# Refused before it starts
+
+
+def test_an_occupied_port(tmp_workspace, tiny_base):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(WorkbookError, match=f"Port {port} is taken"):
+            serving.VllmServer(tiny_base, port=port).start()
+
+
+def test_no_serving_environment(tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace, "repo", lambda: tmp_path)
+    with pytest.raises(WorkbookError, match="no serving environment"):
+        serving.serve_python()
+
+
+@pytest.mark.parametrize("damage", ["no config", "no weights", "half a file", "lost file"])
+def test_a_model_that_is_not_whole(damage, tmp_path, tmp_workspace, tiny_fp8):
+    model = Path(shutil.copytree(tiny_fp8, tmp_path / "model"))
+    weights = model / "model.safetensors"
+    if damage == "no config":
+        (model / "config.json").unlink()
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "half a file":
+        os.truncate(weights, weights.stat().st_size // 2)
+    else:
+        (model / "tokenizer.json").unlink()
+    with pytest.raises(WorkbookError):
+        serving.VllmServer(model).start()
+    assert not list(workspace.root().glob("logs/*"))
+
+
+# Dead
+
+
+def test_a_server_that_dies_says_why(tmp_path, tmp_workspace, tiny_base):
+    """The config promises a fifth layer that the weights do not have: the engine finds out."""
+    model = Path(shutil.copytree(tiny_base, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    config["num_hidden_layers"] += 1
+    (model / "config.json").write_text(json.dumps(config))
+    server = serving.VllmServer(model, default_flags())
+    with pytest.raises(WorkbookError, match="stopped while starting") as died:
+        server.start()
+    assert "not initialized from checkpoint" in died.value.meaning
+    assert "\n" not in died.value.meaning
+    assert server.log_path.name in died.value.remedy
+    assert left_after(server.session, GONE_WITHIN) == []
+
+
+def test_a_flag_that_vllm_does_not_know(tmp_workspace, tiny_base):
+    with pytest.raises(WorkbookError, match="no-such-flag") as died:
+        serving.VllmServer(tiny_base, ["--no-such-flag"]).start()
+    assert "flags" in died.value.remedy
+
+
+@pytest.mark.parametrize("log, reason, remedy", [
+    ("(EngineCore pid=7) ERROR 11-23 09:18:06 [core.py:1] RuntimeError: Engine core "
+     "initialization failed. See root cause above.\n", "RuntimeError", ""),
+    ("(EngineCore pid=7) RuntimeError: Worker proc died unexpectedly (exit code: -4)\n",
+     "exit code: -4", "AMX"),
+    ("(EngineCore pid=7) ERROR 01-02 03:04:05 [core.py:9] Traceback (most recent call last):\n"
+     "(EngineCore pid=7) ERROR 01-02 03:04:05 [core.py:9] torch.OutOfMemoryError: CUDA out of "
+     "memory. Tried to allocate 2.00 GiB.\n"
+     "(APIServer pid=3) RuntimeError: Engine core initialization failed. See root cause above.\n",
+     "CUDA out of memory", "--max-model-len"),
+    ("pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
+     "  Value error, User-specified max_model_len (9999) is greater than 2048\n"
+     "    For further information visit a page\n", "max_model_len (9999)", ""),
+    ("", "last line is: nothing", ""),
+])
+def test_the_reason_is_the_first_cause_in_the_log(log, reason, remedy):
+    meaning, todo = serving.explain(log, 1)
+    assert reason in meaning and remedy in todo and "\n" not in meaning
+
+
+def test_a_server_killed_for_memory_says_so():
+    meaning, todo = serving.explain("INFO loading\n", 128 + signal.SIGKILL)
+    assert "SIGKILL" in meaning and "memory" in todo
+
+
+# Gone
+
+
+def test_gone_after_an_exception_and_its_engine_missed(tmp_workspace, tiny_fp8):
+    """The engine is killed behind its back: the next answer says so, and the block is left."""
+    server = serving.VllmServer(tiny_fp8, default_flags())
+    with pytest.raises(WorkbookError, match="stopped while answering"), server:
+        family = serving.processes(server)
+        youngest = max(family, key=lambda process: process.create_time())
+        youngest.kill()
+        server.complete("1")
+    assert left_after(server.session, GONE_WITHIN) == []
+    assert not any(process.is_running() for process in family)
+    with pytest.raises(WorkbookError, match="not running"):
+        server.complete("1")
+
+
+def test_gone_after_its_owner_ended(tmp_workspace, tiny_base):
+    owner, session = start_owner(tiny_base, "")
+    assert owner.wait(timeout=30) == 0
+    assert left_after(session, GONE_WITHIN) == []
+
+
+def test_gone_after_its_owner_was_killed(tmp_workspace, tiny_base):
+    owner, session = start_owner(tiny_base, "time.sleep(600)")
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    assert left_after(session, GONE_WITHIN) == []
+
+
+def test_gone_after_its_supervisor_was_killed(tmp_workspace, tiny_base):
+    owner, session = start_owner(tiny_base, "time.sleep(600)")
+    os.kill(session, signal.SIGKILL)
+    assert left_after(session, GONE_WITHIN) == []
+    owner.kill()
+    owner.wait()
+
+
+def test_gone_after_a_kernel_restart(tmp_workspace, tiny_fp8):
+    """A real Jupyter kernel starts a server in a cell, and is restarted."""
+    from jupyter_client.manager import start_new_kernel
+
+    manager, client = start_new_kernel(kernel_name="python3")
+    try:
+        said = []
+        client.execute_interactive(
+            "from helpers import serving\n"
+            f"server = serving.VllmServer({str(tiny_fp8)!r}, {default_flags()!r}).start()\n"
+            "print('session', server.session)",
+            output_hook=lambda message: said.append(message["content"]), timeout=600)
+        text = "".join(content.get("text", "") for content in said)
+        session = int(text.split("session")[1].split()[0])
+        assert len(serving.processes(SimpleNamespace(session=session))) >= 3
+        manager.restart_kernel(now=True)
+        assert left_after(session, GONE_WITHIN) == []
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+# Flags
+
+
+def test_the_default_flags_of_a_path():
+    profile = SimpleNamespace(max_model_len=4096)
+    cpu = serving.default_flags(profile, SimpleNamespace(device="cpu"))
+    gpu = serving.default_flags(profile, SimpleNamespace(device="cuda"))
+    for flags in (cpu, gpu):
+        assert flags[flags.index("--max-model-len") + 1] == "4096"
+    assert "--enforce-eager" in cpu and "--enforce-eager" not in gpu
+    assert "--gpu-memory-utilization" in gpu

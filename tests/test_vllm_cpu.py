@@ -1,0 +1,118 @@
+"""The CPU kernels against float64, and their place in vLLM, in the serving environment's Python."""
+
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from helpers import WorkbookError, serving, vllm_cpu
+
+SCRIPT = Path(__file__).parent / "serve_side" / "kernels.py"
+STOCK = "ChannelWiseTorchFP8ScaledMMLinearKernel"
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> dict:
+    out = tmp_path_factory.mktemp("kernels") / "measured.json"
+    env = {name: value for name, value in os.environ.items() if name != vllm_cpu.VARIABLE}
+    ran = subprocess.run([serving.serve_python(), SCRIPT, out], capture_output=True, text=True,
+                         env=env)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+def test_every_finite_code_is_upcast_exactly(measured):
+    assert measured["finite"] == 254
+    assert measured["upcast"]
+
+
+@pytest.mark.parametrize("numerics", vllm_cpu.NUMERICS)
+def test_no_less_exact_than_bf16(measured, numerics):
+    """Relative error against float64, at Phi-4's layers, the bundled model's and odd ones.
+
+    torch's bf16 product of the dequantized weights is the bar, times 1.1; of few outputs an error
+    is itself uncertain, by about 1 / sqrt(outputs), five of which are allowed.
+    """
+    accuracy = measured[numerics]["accuracy"]
+    assert len(accuracy) > 50
+    for case, found in accuracy.items():
+        bar = 1.1 + 5 / math.sqrt(found["outputs"])
+        assert found["ours"] < bar * max(found["bf16"], 2**-9), (case, found)
+        assert found["dtype"] == "torch.bfloat16", case
+
+
+@pytest.mark.parametrize("numerics", vllm_cpu.NUMERICS)
+def test_vllm_selects_the_kernel_of_the_numerics(measured, numerics):
+    names = {found["kernel"] for found in measured[numerics]["accuracy"].values()}
+    assert names == {f"CpuFp8{numerics.upper()}LinearKernel"}
+
+
+@pytest.mark.parametrize("numerics", vllm_cpu.NUMERICS)
+def test_shapes_types_and_threads(measured, numerics):
+    found = measured[numerics]["shapes"]
+    assert found["batch"] == [2, 5, 384]
+    assert found["batch equals rows"]
+    assert found["no rows"] == [0, 384]
+    assert found["float16"] == "torch.float16"
+    assert found["one thread"], "one thread and two give different answers"
+    assert "NaN" in found["NaN"]
+
+
+def test_w8a8_sees_activations_in_fp8(measured):
+    """Its answers are far from those of unquantized activations, by E4M3's own error."""
+    assert 0.01 < measured["w8a8"]["shapes"]["float16 error"] < 0.05
+    assert measured["w8a16"]["shapes"]["float16 error"] < 0.001
+
+
+def test_ours_stands_before_vllms_and_only_for_per_channel_weights(measured):
+    found = measured["registration"]
+    fits = "w8a16" if measured["op"] else "w8a8"
+    ours = f"CpuFp8{fits.upper()}LinearKernel"
+    assert found["stock choice"] == STOCK
+    assert found["default"] == [ours, *found["stock"]]
+    assert found["twice"] == found["default"]
+    assert ours not in found["per tensor"]
+    [(level, text)] = found["default said"]
+    assert level == "INFO" and ours in text
+
+
+def test_amx_is_asked_for_where_it_is(measured):
+    assert measured["registration"]["asked for AMX"] == int(measured["registration"]["AMX"])
+
+
+def test_elsewhere_it_does_nothing(measured):
+    found = measured["registration"]
+    assert found["elsewhere"] == found["stock"]
+    assert found["elsewhere asked for AMX"] == 0
+
+
+def test_a_vllm_that_has_moved_is_one_line_and_vllms_own_kernel(measured):
+    found = measured["registration"]
+    [(level, text)] = found["moved said"]
+    assert level == "WARNING" and vllm_cpu.CHECKED_VLLM in text and "_POSSIBLE_FP8" in text
+    assert found["moved"] == found["stock"]
+
+
+def test_another_version_is_said_in_one_line(measured):
+    warnings = [text for level, text in measured["registration"]["other version said"]
+                if level == "WARNING"]
+    assert len(warnings) == 1 and "0.99.0" in warnings[0]
+
+
+def test_the_reader_chooses_the_numerics():
+    assert vllm_cpu.requested_numerics({}) is None
+    assert vllm_cpu.requested_numerics({vllm_cpu.VARIABLE: ""}) is None
+    assert vllm_cpu.requested_numerics({vllm_cpu.VARIABLE: "w8a8"}) == "w8a8"
+    with pytest.raises(WorkbookError, match="w8a4 names no numerics"):
+        vllm_cpu.requested_numerics({vllm_cpu.VARIABLE: "w8a4"})
+
+
+def test_the_entry_point_is_in_the_serving_environment():
+    """vLLM finds the plugin by this entry point, in every process that it starts."""
+    code = ("from importlib.metadata import entry_points as e; "
+            "print([p.value for p in e(group='vllm.general_plugins') if 'phi4' in p.name])")
+    ran = subprocess.run([serving.serve_python(), "-c", code], capture_output=True, text=True)
+    assert ran.stdout.strip() == "['helpers.vllm_cpu:register']", ran.stderr
