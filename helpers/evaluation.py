@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
-from helpers import WorkbookError, serving, statistics, workspace
+from helpers import WorkbookError, serving, workspace
 
 GSM8K_VARIABLE = "PHI4_FP8_GSM8K"
 FILTERS = ("strict-match", "flexible-extract")
@@ -385,20 +385,16 @@ def run(server, profile, arm: str, limit: int | None = 100, **protocol) -> Evalu
 def ledger_row(evaluation: Evaluation) -> dict:
     """`work` and `metrics` of an evaluation, as the ledger keeps them.
 
-    `metrics`: by filter, exact_match (`value`), its `stderr`, and its 95 % Wilson interval.
+    `metrics`: by filter exact_match and, with `_stderr` after the name, its standard error.
     """
     same = ("version", "num_fewshot", "max_new_tokens", "bos", "chat")
     return {
         "work": {"task": evaluation.task, "limit": evaluation.n,
                  **{key: evaluation.config[key] for key in same}},
-        "metrics": {name: _metric(evaluation, name) for name in FILTERS},
+        "metrics": {f"{name}{suffix}": value
+                    for name, pair in evaluation.results.items()
+                    for suffix, value in zip(("", "_stderr"), pair, strict=True)},
     }
-
-
-def _metric(evaluation: Evaluation, name: str) -> dict[str, float]:
-    value, stderr = evaluation.results[name]
-    interval = statistics.wilson(correct(evaluation, name))
-    return {"value": value, "stderr": stderr, "low": interval.low, "high": interval.high}
 
 
 def print_table(*evaluations: Evaluation) -> None:
