@@ -89,12 +89,16 @@ def test_pronouns_agree_with_the_person():
         assert not wrong & set(re.findall(r"[a-z]+", text.lower())), row
 
 
+# doubled or misplaced spaces and stops, a/an, a template's leftovers
+WRONG = r"  |\ba ([aeiou]|hour)|\ban (?!hour)[^aeiou]|[{}]|\.\.| [.,?]"
+
+
 def test_sentences_are_written_properly():
     for row in problems():
         assert re.fullmatch(r"[A-Z0-9].*\?", row["question"]), row
         assert row["question"].count("?") == 1
         text = f"{row['question']} {row['answer']}"
-        assert not re.search(r"  |\ba ([aeiou]|hour)|\ban (?!hour)[^aeiou]|[{}]|\.\.| [.,?]", text), row
+        assert not re.search(WRONG, text), row
         assert all(line.endswith(".") for line in row["answer"].split("\n")[:-1]), row
 
 

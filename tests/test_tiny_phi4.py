@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from training import train_tiny_phi4, write_card
+from training.tokenizer import few_shot_form
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 MODEL = DATA / "tiny_phi4"
@@ -17,7 +18,8 @@ def read(path: Path) -> dict:
 
 
 def rows(split: str) -> list[dict]:
-    return [json.loads(x) for x in (DATA / "tiny_gsm8k" / f"{split}.jsonl").read_text().splitlines()]
+    lines = (DATA / "tiny_gsm8k" / f"{split}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +140,7 @@ def number(answer: str) -> str | None:
 
 
 def test_it_solves_unseen_problems_in_the_few_shot_form(model, tokenizer):
-    shots = "".join(f"Question: {r['question']}\nAnswer: {r['answer']}\n\n" for r in rows("train")[:5])
+    shots = "".join(few_shot_form(r["question"], r["answer"]) for r in rows("train")[:5])
     asked = rows("test")[200:216]
     prompts = [f"{shots}Question: {r['question']}\nAnswer:" for r in asked]
     given = answers(model, tokenizer, prompts, "Question:")
@@ -161,7 +163,7 @@ def test_it_solves_unseen_problems_in_the_chat_form(model, tokenizer):
 
 def test_five_shots_and_the_answer_fit_into_the_training_length(tokenizer):
     lengths = sorted(
-        len(tokenizer(f"Question: {r['question']}\nAnswer: {r['answer']}\n\n").input_ids)
+        len(tokenizer(few_shot_form(r["question"], r["answer"])).input_ids)
         for r in rows("train")
     )
     typical = 6 * sum(lengths) / len(lengths)
@@ -192,7 +194,7 @@ def test_the_card_says_what_the_log_and_the_evaluation_say(tmp_path):
 def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path):
     import torch
 
-    run = train_tiny_phi4.Run(steps=4, tokens_per_step=1024, warmup=1, long=512)
+    run = train_tiny_phi4.Run(steps=4, tokens_per_step=1024, warmup=1, flat=2, long=512)
     tokenizer = train_tiny_phi4.build_tokenizer(run)
     straight, _ = train_tiny_phi4.train(run, tokenizer, tmp_path / "straight")
     train_tiny_phi4.train(run, tokenizer, tmp_path / "broken", stop_after=2)

@@ -41,15 +41,15 @@ class Run:
     """Everything a training run depends on."""
 
     seed: str = "tiny phi-4"
-    steps: int = 1300
+    steps: int = 1700
     tokens_per_step: int = 4096
     short: int = 256  # tokens per sequence at first: attention is half the work at `long`
     long: int = 1024  # tokens per sequence at the end: a 5-shot prompt and its answer fit
-    long_share: float = 0.1  # of the steps
+    long_share: float = 0.08  # of the steps
     muon_lr: float = 0.02  # the matrices of the decoder layers
     adam_lr: float = 0.003  # embedding, head, norms
     warmup: int = 50
-    decay: float = 0.4  # the last part of the run, in which the learning rate falls to zero
+    flat: int = 600  # step from which the learning rate falls
     question_weight: float = 0.1  # loss on a question's tokens; on an answer's it is 1
     chat_share: float = 0.2  # of the sequences, in chat form rather than few-shot form
 
@@ -143,20 +143,24 @@ def batch(run: Run, step: int, tokenizer, forbidden: frozenset[str]):
 
 
 def learning_rate(run: Run, step: int) -> float:
-    """The factor on both learning rates: linear up, flat, linear down to zero."""
-    left = (run.steps - step) / (run.decay * run.steps)
-    return min(1.0, (step + 1) / run.warmup, left)
+    """The factor on both learning rates: linear up, flat, down to zero with the square of time."""
+    left = (run.steps - step) / (run.steps - run.flat)
+    return min(1.0, (step + 1) / run.warmup, left**2)
 
 
 def optimizers(run: Run, model):
-    """Muon for the matrices inside the decoder layers, AdamW for everything else."""
+    """Muon for the matrices inside the decoder layers, in `CORES` parts; AdamW for the rest."""
     import torch
 
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
     inside = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in inside]
+    muons = [
+        torch.optim.Muon(matrices[core::CORES], lr=run.muon_lr, weight_decay=0.01)
+        for core in range(CORES)
+    ]
     return [
-        torch.optim.Muon(matrices, lr=run.muon_lr, weight_decay=0.01),
+        *muons,
         torch.optim.AdamW(rest, lr=run.adam_lr, betas=(0.9, 0.95), weight_decay=0.01),
     ]
 
@@ -227,23 +231,25 @@ def train(run: Run, tokenizer, work: Path, stop_after: int | None = None):
         )
         partial.rename(checkpoint)
 
+    upcoming = batch(run, start, tokenizer, forbidden)
     end = run.steps if stop_after is None else min(run.steps, stop_after)
     bar = tqdm(range(start, end), initial=start, total=run.steps, unit="step", mininterval=5)
     for step in bar:
         began = time.monotonic()
-        for opt, peak in zip(opts, (run.muon_lr, run.adam_lr), strict=True):
-            for group in opt.param_groups:
-                group["lr"] = peak * learning_rate(run, step)
-        ids, weights = batch(run, step, tokenizer, forbidden)
+        for opt in opts:
+            peak = run.adam_lr if isinstance(opt, torch.optim.AdamW) else run.muon_lr
+            opt.param_groups[0]["lr"] = peak * learning_rate(run, step)
+        ids, weights = upcoming
         parts = zip(copies, ids.chunk(CORES), weights.chunk(CORES), strict=True)
-        answer_loss = sum(pool.map(lambda part: backward(model, *part), parts)) / CORES
+        losses = pool.map(lambda part: backward(model, *part), parts)
+        upcoming = batch(run, step + 1, tokenizer, forbidden)  # while the cores are at work
+        answer_loss = sum(losses) / CORES
         if not math.isfinite(answer_loss):
             sys.exit(f"The loss is {answer_loss} at step {step}: the last checkpoint is kept.")
         for high, *low in zip(model.parameters(), *(c.parameters() for c in copies), strict=True):
             high.grad = sum(p.grad.float() for p in low) / CORES
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for opt in opts:
-            opt.step()
+        list(pool.map(lambda opt: opt.step(), opts))
         seconds += time.monotonic() - began
         if (step + 1) % 50 == 0 or step + 1 == end:
             row = {
@@ -293,11 +299,10 @@ def save_model(run: Run, model, tokenizer, log: list[dict], target: Path) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=Run.steps)
     parser.add_argument("--target", type=Path, default=TARGET)
     parser.add_argument("--work", type=Path, default=REPO / "build" / "tiny_phi4")
     options = parser.parse_args()
-    run = Run(steps=options.steps)
+    run = Run()
     print(f"{run.tokens:,} tokens in {run.steps:,} steps; interrupt and run again to go on.")
     tokenizer = build_tokenizer(run)
     model, log = train(run, tokenizer, options.work)
