@@ -52,7 +52,7 @@ def execute(source: Path, target: Path, label: str) -> NotebookNode:
     print(label, end="" if tty else "\n", flush=True)
     client = NotebookClient(nb, timeout=None, kernel_name="python3", record_timing=False,
                             resources={"metadata": {"path": str(source.parent)}},
-                            extra_arguments=["--log-level=ERROR"],  # of the kernel itself
+                            extra_arguments=["--log-level=CRITICAL"],  # the kernel's own log
                             on_cell_start=begin)
     state = "failed"
     try:
@@ -60,6 +60,9 @@ def execute(source: Path, target: Path, label: str) -> NotebookNode:
         state = "done"
     except (CellExecutionError, DeadKernelError) as error:
         raise NotebookStopped(paragraph(source.name, nb, error, target)) from None
+    except AssertionError:  # how nbclient ends after SIGINT or SIGTERM, its kernel shut down
+        state = "interrupted"
+        raise KeyboardInterrupt from None
     finally:
         target.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, target)

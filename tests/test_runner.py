@@ -1,12 +1,15 @@
 """Running notebooks: what a failure says, what is kept of a run, and what `make test` lets pass."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
 import notebook_outputs
+import psutil
 import pytest
 import run_notebooks
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -49,6 +52,26 @@ def test_a_kernel_that_dies_is_told_from_a_cell_that_fails(tmp_path, capsys):
     with pytest.raises(run_notebooks.NotebookStopped, match="code cell 2 of 2.*`import os`") as e:
         run_notebooks.execute(source, tmp_path / "out.ipynb", "00")
     assert "The kernel died" in str(e.value)
+
+
+def test_an_interrupted_run_says_so_and_leaves_no_kernel(tmp_path):
+    write(tmp_path / "00_long.ipynb", f"open('{tmp_path}/begun', 'w')",
+          "import time\ntime.sleep(300)")
+    program = ("import pathlib, sys, run_notebooks\n"
+               f"run_notebooks.NOTEBOOKS = run_notebooks.BUILD = pathlib.Path('{tmp_path}')\n"
+               "sys.exit(run_notebooks.main(['run']))")
+    running = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True,
+                               env=dict(os.environ, PYTHONPATH=str(REPO / "scripts")))
+    for _ in range(600):
+        if (tmp_path / "begun").exists():
+            break
+        time.sleep(0.1)
+    kernels = psutil.Process(running.pid).children(recursive=True)
+    assert kernels
+    running.send_signal(signal.SIGINT)
+    assert "Interrupted." in (said := running.communicate(timeout=60)[1])
+    assert "Traceback" not in said and running.returncode == 130
+    assert psutil.wait_procs(kernels, timeout=10)[1] == []
 
 
 def test_only_chooses_by_number_and_an_unknown_one_is_told(monkeypatch, tmp_path):
