@@ -27,7 +27,8 @@ run: setup  ## run every notebook in order; ONLY=05 runs one
 	@.venv/bin/python scripts/run_notebooks.py run $(ONLY)
 
 lab: setup  ## open the notebooks in JupyterLab
-	@.venv/bin/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks
+	@.venv/bin/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks \
+		$(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: setup  ## every test, and every notebook
 	@.venv/bin/python scripts/run_tests.py

@@ -45,12 +45,13 @@ def fp8_checkpoint(profile: Profile, base: Path) -> Path:
         except WorkbookError as damage:
             print(f"{damage.what} It is made again.")
     print(f"Quantizing {profile.title} ({profile.bf16_bytes / 1e9:.2g} GB) to FP8 ...")
-    save(_quantized(base), base, place)
+    save(quantized(base), base, place)
     checkpoint.verify_fp8(base, place)
     return place
 
 
-def _quantized(base: Path):
+def quantized(base: Path):
+    """The model of `base`, loaded in bf16 and quantized in place by `oneshot`."""
     import torch
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM

@@ -60,7 +60,7 @@ def _same_work(row: dict, claim: dict) -> bool:
 
 
 def _metric(row: dict, claim: dict) -> tuple[float, float, float]:
-    """The row's figure for this claim, from and to: Wilson's 95 % interval, or the rounds' range."""
+    """The row's figure, from and to: Wilson's 95 % interval, or the range of the rounds."""
     metrics = row["metrics"]
     if claim["experiment"] == "throughput":
         return tuple(metrics[f"output_tok_s{end}"] for end in ("", "_min", "_max"))

@@ -2,12 +2,13 @@
 
 import json
 import os
+import subprocess
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers import checkpoint, models, quantize, workspace
+from helpers import WorkbookError, checkpoint, models, quantize, workspace
 
 
 @pytest.fixture
@@ -63,3 +64,31 @@ def test_a_half_written_checkpoint_is_made_again_and_said_so(
     assert checkpoint.verify_fp8(tiny_base, place).quantized == 16
     ours, reference = ((d / "model.safetensors").read_bytes() for d in (place, tiny_fp8))
     assert ours == reference
+
+
+class FillsTheDisk:
+    """A quantized model, next to somebody who fills the disk at the moment it is written."""
+
+    def __init__(self, model, disk):
+        self.model, self.disk = model, disk
+
+    def save_pretrained(self, *arguments, **keywords):
+        (self.disk / "somebody-elses").write_bytes(bytes(6 * 2**20))
+        self.model.save_pretrained(*arguments, **keywords)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_disk_full_while_quantizing_is_a_sentence_and_leaves_nothing(tiny_base, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk]).returncode:
+        pytest.skip("this container does not allow mounts")
+    try:
+        model = FillsTheDisk(quantize.quantized(tiny_base), disk)
+        with pytest.raises(WorkbookError, match="The disk filled up while mine was being written"):
+            quantize.save(model, tiny_base, disk / "mine")
+        assert [file.name for file in disk.iterdir()] == ["somebody-elses"]
+        with pytest.raises(WorkbookError, match="Writing mine needs 0.0 GB of disk"):
+            quantize.save(model, tiny_base, disk / "mine")
+    finally:
+        subprocess.run(["umount", disk], check=True)

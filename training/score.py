@@ -8,7 +8,7 @@ import platform
 from datetime import UTC, datetime
 from statistics import mean
 
-from helpers import evaluation, hardware, models, serving
+from helpers import evaluation, hardware, models, serving, workspace
 from training.train_tiny_phi4 import TARGET
 from training.write_card import write_card
 
@@ -35,6 +35,7 @@ def main() -> None:
     }
     (TARGET / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
     write_card(TARGET)
+    workspace.write_manifest(TARGET)
     print(scored.table)
 
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
+from helpers import workspace
 from training.make_problems import TARGET as PROBLEMS
 from training.problems import Problem, stream
 from training.tokenizer import (
@@ -311,6 +312,7 @@ def main() -> None:
         # What was measured on the weights before these is no figure of these.
         (TARGET / "evaluation.json").unlink(missing_ok=True)
         write_card(TARGET)
+        workspace.write_manifest(TARGET)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,187 @@
+"""The model card of one's own checkpoint, from the ledger and nothing else; and publishing it.
+
+Every figure on the card is a row of the ledger. What the ledger lacks, the card calls
+"not measured".
+"""
+
+from pathlib import Path
+
+from helpers import WorkbookError, ledger, statistics, workspace
+from helpers.models import Profile
+
+NOT_MEASURED = "not measured"
+ARMS = {"bf16": "bf16 (base)", "fp8": "FP8"}
+RECIPE = '''from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import QuantizationModifier
+
+recipe = QuantizationModifier(targets="Linear", scheme="FP8_DYNAMIC", ignore=["lm_head"])
+oneshot(model=model, recipe=recipe)
+model.save_pretrained(directory, save_compressed=True)'''
+PATHS = """| hardware | what vLLM computes |
+|---|---|
+| compute capability 8.9 and newer (Ada, Hopper, Blackwell) | FP8 weights and activations (W8A8) |
+| 7.5 to 8.8 (Turing, Ampere) | FP8 weights, 16-bit activations (W8A16), Marlin kernels |"""
+LIMITS = """Quantization changes how weights are stored, and not what the base model was made for.
+Read the base model's own card: {link}. For Phi-4 that means mainly English text, reasoning and
+question answering where memory or latency is short; it is no source of facts without retrieval,
+and no basis for decisions about people without a further assessment. It can be wrong, biased or
+offensive with confidence. FP8 may change rare behaviours that the benchmarks above do not touch:
+test the checkpoint that you deploy, not its base."""
+
+
+def model_card(profile: Profile, rows: list[dict] | None = None):
+    """A `huggingface_hub.ModelCard` for the profile's FP8 checkpoint.
+
+    `rows`: ledger rows, the workspace's by default; only those of this profile are used, the
+    newest of each experiment and arm. The metadata holds licence, base model and its relation,
+    library, and the measured gsm8k scores as a model index.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    rows = [row for row in (ledger.read() if rows is None else rows)
+            if row["model"]["profile"] == profile.name]
+    name = f"{profile.name}-fp8-dynamic"
+    results = []
+    score = _newest(rows, "gsm8k", "fp8")
+    if score:
+        task = score["work"]["task"]
+        results = [EvalResult(
+            task_type="text-generation", dataset_type=task, dataset_name=task,
+            metric_type="exact_match", metric_name=f"exact_match, {kind}",
+            metric_value=score["metrics"][kind]) for kind in ("strict-match", "flexible-extract")]
+    hub = profile.source == "hub"
+    data = ModelCardData(
+        model_name=name, language="en", pipeline_tag="text-generation", library_name="transformers",
+        license="mit" if profile.licence == "MIT" else "other",
+        license_name=None if profile.licence == "MIT" else "base-model-licence",
+        base_model=profile.repo if hub else None,
+        base_model_relation="quantized" if hub else None,
+        tags=["fp8", "compressed-tensors", "llm-compressor", "vllm"], eval_results=results or None)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(profile, name, rows)}")
+
+
+def _newest(rows: list[dict], experiment: str, arm: str) -> dict | None:
+    found = [r for r in rows if (r["experiment"], r["arm"]) == (experiment, arm)]
+    return found[-1] if found else None
+
+
+def _text(profile: Profile, name: str, rows: list[dict]) -> str:
+    hub = profile.source == "hub"
+    link = f"https://huggingface.co/{profile.repo}" if hub else "in its own directory"
+    base = f"[{profile.repo}]({link})" if hub else profile.title
+    made = _newest(rows, "quantize", "fp8")
+    size = (f"{made['metrics']['modules']} Linear layers in F8_E4M3; "
+            f"{made['metrics']['bytes_before']:,} bytes of weights became "
+            f"{made['metrics']['bytes_after']:,}." if made else f"Size: {NOT_MEASURED}.")
+    return f"""# {name}
+
+{base} at revision `{profile.revision}`, quantized to dynamic FP8 with LLM Compressor: weights with
+one scale per output channel, activations with one scale per token, found at run time; `lm_head`
+and the embeddings stay in bf16. {size}
+
+## Recipe
+
+```python
+{RECIPE}
+```
+
+## Serving
+
+```
+vllm serve {name} --max-model-len {profile.max_model_len}
+```
+
+No FP8 flag is needed; the scheme is in `config.json`, and the hardware decides the arithmetic:
+
+{PATHS}
+
+## Accuracy
+
+{_accuracy(rows)}
+
+## Decoding speed
+
+{_speed(rows)}
+
+## Limits and intended use
+
+{LIMITS.format(link=link)}
+
+## Licence
+
+{profile.licence}, that of the base model this checkpoint was made from. A licence follows the copy
+that was quantized: the same weights have also been mirrored under Microsoft's older research
+licence.
+"""
+
+
+def _accuracy(rows: list[dict]) -> str:
+    lines = [
+        "| | task, rows, shots | filter | exact_match ± stderr | 95 % interval | path, kernel |",
+        "|---|---|---|---|---|---|"]
+    for arm, title in ARMS.items():
+        row = _newest(rows, "gsm8k", arm)
+        if row is None:
+            lines.append(f"| {title} | | | {NOT_MEASURED} | | |")
+            continue
+        work, metrics = row["work"], row["metrics"]
+        for kind in ("strict-match", "flexible-extract"):
+            right = round(metrics[kind] * work["limit"])
+            interval = statistics.wilson([1] * right + [0] * (work["limit"] - right))
+            lines.append(
+                f"| {title} | {work['task']}, {work['limit']:,}, {work['num_fewshot']} | {kind} | "
+                f"{metrics[kind]:.4f} ± {metrics[f'{kind}_stderr']:.4f} | {interval.low:.3f} to "
+                f"{interval.high:.3f} | {row['path']}, {row['kernel']} |")
+    return "\n".join(lines)
+
+
+def _speed(rows: list[dict]) -> str:
+    lines = [
+        "| | generated tokens, streams, rounds | tokens/s, median (range) | hardware | kernel |",
+        "|---|---|---|---|---|"]
+    for arm, title in ARMS.items():
+        row = _newest(rows, "throughput", arm)
+        if row is None:
+            lines.append(f"| {title} | | {NOT_MEASURED} | | |")
+            continue
+        work, metrics = row["work"], row["metrics"]
+        device = ", ".join(row["hardware"]["gpus"]) or row["hardware"]["cpu"]
+        lines.append(
+            f"| {title} | {work['output_tokens']}, {work['concurrency']}, {work['rounds']} | "
+            f"{metrics['output_tok_s']:.1f} ({metrics['output_tok_s_min']:.1f} to "
+            f"{metrics['output_tok_s_max']:.1f}) | {device} | {row['kernel']} |")
+    return "\n".join(lines)
+
+
+def to_be_published(checkpoint: Path) -> list[str]:
+    """The files that publishing would send: all of the checkpoint but its local manifest.
+
+    Raises `WorkbookError` when the checkpoint is not whole, or has no card yet.
+    """
+    workspace.verify(checkpoint)
+    names = sorted(str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*")
+                   if file.is_file() and file.name != workspace.MANIFEST)
+    return ["README.md", *names]
+
+
+def publish(checkpoint: Path, card, repo: str, really: bool = False, token: str | None = None):
+    """Upload a checkpoint with its card to the Hugging Face hub; without `really`, a dry run.
+
+    A dry run contacts nobody and returns the list of files. Returns the commit's address
+    otherwise. Raises `WorkbookError` without a token.
+    """
+    files = to_be_published(checkpoint)
+    if not really:
+        return files
+    if not token:
+        raise WorkbookError(
+            "There is no token to publish with.",
+            "Publishing writes to the hub under somebody's name.",
+            "Create a token with write permission on the hub, put it into HF_TOKEN and pass it on.")
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo, exist_ok=True, private=True)
+    operations = [CommitOperationAdd("README.md", str(card).encode())]
+    operations += [CommitOperationAdd(name, str(checkpoint / name)) for name in files[1:]]
+    return api.create_commit(repo, operations, commit_message="FP8 checkpoint, with its card")

@@ -1,0 +1,62 @@
+"""What every notebook opens with, on this machine."""
+
+import json
+
+import pytest
+from conftest import REPO
+
+from helpers import WorkbookError, course, ledger, models, workspace
+
+
+def test_without_a_gpu_the_bundled_model_is_chosen(monkeypatch):
+    monkeypatch.delenv(models.VARIABLE, raising=False)
+    opened = course.open_course()
+    if opened.machine.gpus:
+        pytest.skip("this machine has a GPU, and gets a larger model")
+    assert opened.profile.name == "tiny-phi4"
+    assert opened.path.device == "cpu"
+    assert opened.path.title in repr(opened) and "tiny_gsm8k" in repr(opened)
+
+
+def test_an_unknown_profile_stops_the_opening_with_the_known_names(monkeypatch):
+    monkeypatch.setenv(models.VARIABLE, "phi-5")
+    with pytest.raises(WorkbookError, match="tiny-phi4"):
+        course.open_course()
+
+
+def test_a_result_is_recorded_with_the_checkpoints_fingerprint(
+    tmp_workspace, tiny_fp8, monkeypatch
+):
+    monkeypatch.setenv(models.VARIABLE, "tiny-phi4")
+    opened = course.open_course()
+    opened.record("quantize", "fp8", tiny_fp8, work={}, metrics={"modules": 16})
+    (row,) = ledger.read()
+    assert row["checkpoint"] == workspace.fingerprint(tiny_fp8)
+    assert (row["path"], row["model"]["profile"]) == (opened.path.key, "tiny-phi4")
+
+
+def test_nothing_is_measured_again_when_the_ledger_has_it(
+    tmp_workspace, tiny_fp8, monkeypatch, capsys
+):
+    monkeypatch.setenv(models.VARIABLE, "tiny-phi4")
+    opened = course.open_course()
+    for experiment in ("gsm8k", "throughput"):
+        for arm in ("bf16", "fp8"):
+            opened.record(experiment, arm, tiny_fp8, work={}, metrics={})
+    opened.measure_what_is_missing()
+    assert capsys.readouterr().out == ""
+    assert len(ledger.read()) == 4
+
+
+def test_the_first_question_is_one_the_model_was_not_trained_on():
+    question = course.first_question(models.tiny())
+    train = (REPO / "data" / "tiny_gsm8k" / "train.jsonl").read_text().splitlines()
+    assert question not in {json.loads(line)["question"] for line in train}
+    assert course.first_question(models.PHI4).count("?") == 1
+
+
+def test_the_plan_names_every_step_with_disk_and_memory(monkeypatch):
+    monkeypatch.setenv(models.VARIABLE, "tiny-phi4")
+    plan = course.open_course().plan()
+    assert list(plan["notebook"].str[:2]) == ["01", "02", "03", "04", "05", "06"]
+    assert plan.loc[1, "writes to disk"].endswith("MB")
