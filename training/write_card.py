@@ -35,7 +35,7 @@ rejected. The optimizers are Muon for the matrices of the decoder layers and Ada
 |---|---:|
 | tokens | {tokens:,} |
 | steps | {steps:,} of {tokens_per_step:,} tokens |
-| tokens per sequence | {short}, in the last {long_percent} % of the steps {long} |
+| tokens per sequence | {short}, in one step of {long_every} {long} |
 | minutes | {minutes} |
 | tokens per second | {tokens_per_second:,} |
 | torch, Python | {torch}, {python} |
@@ -91,7 +91,6 @@ def write_card(target: Path) -> None:
         architecture="\n".join(
             f"| {title} | {config[key]:,} | {phi4[key]:,} |" for title, key in ARCHITECTURE.items()
         ),
-        long_percent=round(100 * run["long_share"]),
         forms=f"{round(100 * run['chat_share'])} % of the sequences in chat form, the others "
         "in the few-shot form",
         log="\n".join(
