@@ -61,7 +61,8 @@ def model_card(profile: Profile, rows: list[dict] | None = None):
 
 
 def _newest(rows: list[dict], experiment: str, arm: str) -> dict | None:
-    found = [r for r in rows if (r["experiment"], r["arm"]) == (experiment, arm)]
+    found = [r for r in rows if (r["experiment"], r["arm"]) == (experiment, arm)
+             and r["work"].get("concurrency", 1) == 1]  # the card's speed is one stream's
     return found[-1] if found else None
 
 
@@ -178,10 +179,9 @@ def publish(checkpoint: Path, card, repo: str, really: bool = False, token: str 
             "There is no token to publish with.",
             "Publishing writes to the hub under somebody's name.",
             "Create a token with write permission on the hub, put it into HF_TOKEN and pass it on.")
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     api.create_repo(repo, exist_ok=True, private=True)
-    operations = [CommitOperationAdd("README.md", str(card).encode())]
-    operations += [CommitOperationAdd(name, str(checkpoint / name)) for name in files[1:]]
-    return api.create_commit(repo, operations, commit_message="FP8 checkpoint, with its card")
+    api.upload_folder(repo_id=repo, folder_path=checkpoint, allow_patterns=files[1:])
+    return card.push_to_hub(repo, token=token)

@@ -13,6 +13,7 @@ from helpers.models import Profile
 
 GSM8K_ROWS = 100
 OUTPUT_TOKENS = 500
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,11 @@ class Course:
                             **evaluation.ledger_row(score))
 
     def _measure_throughput(self, arms: dict[str, Path]) -> None:
-        flags = throughput.benchmark_flags(output_tokens=OUTPUT_TOKENS, concurrency=1, prompts=1)
-        rounds = throughput.compare(arms, self.profile, self.path, flags, rounds=3)
+        work = {1: throughput.benchmark_flags(OUTPUT_TOKENS, concurrency=1, prompts=1)}
+        rounds = throughput.compare(arms, self.profile, self.path, work, rounds=ROUNDS)
         for arm, model in arms.items():
             self.record("throughput", arm, model, kernel=throughput.kernel(rounds, arm),
-                        work={"output_tokens": OUTPUT_TOKENS, "concurrency": 1, "rounds": 3},
+                        work={"output_tokens": OUTPUT_TOKENS, "concurrency": 1, "rounds": ROUNDS},
                         metrics=throughput.summary(rounds, arm))
 
     def __repr__(self) -> str:

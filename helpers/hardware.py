@@ -112,6 +112,26 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
     return seen, f"CUDA_VISIBLE_DEVICES={setting!r} hides {hidden} GPU(s)" if hidden else ""
 
 
+def energy_joules() -> float | None:
+    """What the first visible GPU has used since its driver was loaded; None where none reports it.
+
+    Source: NVML `nvmlDeviceGetTotalEnergyConsumption` (millijoules, Volta and newer).
+    """
+    import pynvml
+
+    gpus, _ = _gpus()
+    if not gpus:
+        return None
+    pynvml.nvmlInit()
+    try:
+        device = pynvml.nvmlDeviceGetHandleByIndex(gpus[0].index)
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(device) / 1000
+    except pynvml.NVMLError_NotSupported:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def visible(uuids: Sequence[str], setting: str | None) -> list[int]:
     """The indices of the GPUs that a value of CUDA_VISIBLE_DEVICES leaves visible, in its order.
 

@@ -166,6 +166,33 @@ def detectable_loss(curve) -> None:
                  "n; 100 and 1,319 rows are marked.")
 
 
+def concurrency(rounds) -> None:
+    """Throughput and latency of both arms over the number of streams.
+
+    `rounds`: as `throughput.compare` returns it.
+    """
+    figure, (speed, latency) = _axes(width=10, columns=2)
+    for arm, colour in (("bf16", BF16), ("fp8", FP8)):
+        medians = rounds[rounds["arm"] == arm].groupby("streams").median(numeric_only=True)
+        speed.plot(medians.index, medians["output_tok_s"], "o-", color=colour, label=arm)
+        for column, style in (("ttft_ms", "s--"), ("tpot_ms", "o-")):
+            latency.plot(medians.index, medians[column], style, color=colour,
+                         label=f"{arm}, {column[:4].upper()}")
+    for axis in (speed, latency):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(medians.index, medians.index)
+        axis.set_xlabel("streams at once")
+        axis.legend(frameon=False)
+    speed.set_ylim(bottom=0)
+    speed.set_ylabel("tokens/s, all streams together")
+    speed.set_title("Throughput grows with the streams", loc="left")
+    latency.set_yscale("log")
+    latency.set_ylabel("median, ms")
+    latency.set_title("and every stream waits longer", loc="left")
+    show(figure, f"Left: tokens per second of bf16 and FP8 for 1 to {medians.index.max()} streams. "
+                 "Right: time to first token and time per output token of both.")
+
+
 def throughput_rounds(speed) -> None:
     """Tokens/s of both arms, round by round; `speed`: index round, columns "bf16", "fp8"."""
     figure, axis = _axes()

@@ -46,15 +46,18 @@ def _latest(rows: list[dict], claim: dict, profile: str | None) -> dict | None:
                if (r["experiment"], r["arm"]) == (claim["experiment"], claim["arm"])
                and profile in (None, r["model"]["profile"])]
     same = [r for r in fitting if _same_work(r, claim)]
-    return (same or fitting or [None])[-1]
+    nearest = [r for r in fitting if r["work"].get("concurrency", 1) == 1]
+    return (same or nearest or [None])[-1]
 
 
 def _same_work(row: dict, claim: dict) -> bool:
     if row["model"]["repo"] not in PHI4:
         return False
     if claim["experiment"] == "throughput":
+        # The card does not say how many streams; its figures fit one, and so does its roofline.
+        work = {**claim["work"], "concurrency": 1}
         return claim["hardware"] in str(row["hardware"].get("gpus")) and all(
-            row["work"].get(k) == v for k, v in claim["work"].items())
+            row["work"].get(k) == v for k, v in work.items())
     asked = {k: v for k, v in claim["work"].items() if k not in ("filter", "version")}
     return all(row["work"].get(k) == v for k, v in asked.items())
 

@@ -158,6 +158,15 @@ def ratio_of_medians(numerator, denominator, confidence: float = 0.95, seed: int
     return Interval(float(ratio(*samples)), float(found.low), float(found.high))
 
 
+def in_words(ratio: Interval) -> str:
+    """A ratio with as many decimals as its interval bears, and a word where it bears none."""
+    width = (ratio.high - ratio.low) / ratio.value
+    interval = f"95 % interval {ratio.low:.2f} to {ratio.high:.2f}"
+    if width > 0.25:
+        return f"about {ratio.value:.1f}x: the rounds spread too widely to say more ({interval})"
+    return f"{ratio.value:.2f}x, {interval}"
+
+
 def _paired(first, second) -> tuple[np.ndarray, np.ndarray]:
     first, second = np.asarray(first).astype(int), np.asarray(second).astype(int)
     if first.shape != second.shape or first.ndim != 1:

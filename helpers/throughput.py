@@ -7,6 +7,7 @@ as it is asked to, with the arguments and the key it is sent over a pipe.
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from helpers import WorkbookError, serving, workspace
+from helpers import WorkbookError, hardware, serving, workspace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +31,8 @@ class BenchResult:
     """One run of the benchmark: no failed request, every request of the length asked for.
 
     Throughput in generated tokens per second, the prefill's time included; the latencies are
-    medians in milliseconds: time to first token, time per output token after it, inter-token.
+    medians and 99th percentiles in milliseconds: time to first token, time per output token after
+    it, inter-token.
     """
 
     output_tok_s: float
@@ -40,7 +42,12 @@ class BenchResult:
     ttft_ms: float
     tpot_ms: float
     itl_ms: float
+    ttft_p99_ms: float
+    itl_p99_ms: float
     raw: dict
+
+
+LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "ttft_p99_ms", "itl_p99_ms")
 
 
 def benchmark_flags(output_tokens: int = 500, concurrency: int = 1, prompts: int = 1,
@@ -61,12 +68,15 @@ def run(server: serving.VllmServer, flags: list[str]) -> BenchResult:
         return measure(server, flags)
 
 
-def compare(arms: dict[str, Path], profile, path, flags: list[str], rounds: int) -> "pd.DataFrame":
+def compare(arms: dict[str, Path], profile, path, work: dict[int, list[str]],
+            rounds: int) -> "pd.DataFrame":
     """Measure every arm `rounds` times, in turn, in an order that alternates.
 
-    A table with one row per round and arm: round, arm, kernel, output_tok_s, ttft_ms, tpot_ms,
-    itl_ms. All servers run at once where memory allows, else only the one that is measured. After
-    a server's start one run is thrown away.
+    `work`: number of streams to the benchmark's flags. A table with one row per round, arm and
+    number of streams: round, arm, streams, kernel, output_tok_s, joules_per_token (of the GPU, the
+    prompt's included; NaN where none reports it) and `LATENCIES`. All servers run at once where
+    memory allows, else only the one that is measured. After a server's start one run of each
+    piece of work is thrown away.
     """
     import pandas as pd
     from tqdm.auto import tqdm
@@ -82,11 +92,16 @@ def compare(arms: dict[str, Path], profile, path, flags: list[str], rounds: int)
                     running.pop(other).stop()
                 running[arm] = serving.VllmServer(arms[arm], server_flags).start()
                 everything.callback(running[arm].stop)
-                measure(running[arm], flags)
-            result = measure(running[arm], flags)
-            rows.append({"round": number, "arm": arm, "kernel": running[arm].kernel,
-                         "output_tok_s": result.output_tok_s, "ttft_ms": result.ttft_ms,
-                         "tpot_ms": result.tpot_ms, "itl_ms": result.itl_ms})
+                for flags in work.values():
+                    measure(running[arm], flags)
+            for streams, flags in work.items():
+                before = hardware.energy_joules()
+                result = measure(running[arm], flags)
+                joules = math.nan if before is None else hardware.energy_joules() - before
+                rows.append({"round": number, "arm": arm, "streams": streams,
+                             "kernel": running[arm].kernel, "output_tok_s": result.output_tok_s,
+                             "joules_per_token": joules / sum(result.output_tokens),
+                             **{name: getattr(result, name) for name in LATENCIES}})
     return pd.DataFrame(rows)
 
 
@@ -95,10 +110,10 @@ def kernel(rounds: "pd.DataFrame", arm: str) -> str:
     return rounds.loc[rounds["arm"] == arm, "kernel"].iloc[0]
 
 
-def summary(rounds: "pd.DataFrame", arm: str) -> dict[str, float]:
+def summary(rounds: "pd.DataFrame", arm: str, streams: int = 1) -> dict[str, float]:
     """An arm's medians over the rounds of `compare`, and the range of its throughput."""
-    of_arm = rounds[rounds["arm"] == arm]
-    medians = of_arm[["output_tok_s", "ttft_ms", "tpot_ms", "itl_ms"]].median()
+    of_arm = rounds[(rounds["arm"] == arm) & (rounds["streams"] == streams)]
+    medians = of_arm[["output_tok_s", *LATENCIES]].median()
     return {**{name: round(float(value), 3) for name, value in medians.items()},
             "output_tok_s_min": round(float(of_arm["output_tok_s"].min()), 3),
             "output_tok_s_max": round(float(of_arm["output_tok_s"].max()), 3)}
@@ -173,7 +188,8 @@ def _checked(raw: dict, prompts: int, output_tokens: int) -> BenchResult:
     return BenchResult(
         output_tok_s=raw["output_throughput"], completed=raw["completed"], failed=raw["failed"],
         output_tokens=raw["output_lens"], ttft_ms=raw["median_ttft_ms"],
-        tpot_ms=raw["median_tpot_ms"], itl_ms=raw["median_itl_ms"], raw=raw)
+        tpot_ms=raw["median_tpot_ms"], itl_ms=raw["median_itl_ms"],
+        ttft_p99_ms=raw["p99_ttft_ms"], itl_p99_ms=raw["p99_itl_ms"], raw=raw)
 
 
 def _serve_requests() -> None:

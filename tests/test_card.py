@@ -38,7 +38,7 @@ def test_an_empty_ledger_makes_a_card_without_a_figure():
     for section in ("## Accuracy", "## Decoding speed"):
         part = text.split(section)[1].split("\n## ")[0]
         assert part.count(card.NOT_MEASURED) == 2
-        assert not re.search(r"\d", part.replace("95 %", ""))
+        assert not re.search(r"(?<![A-Za-z0-9])\d", part.replace("95 %", ""))
     assert "model-index" not in text
 
 

@@ -97,6 +97,7 @@ def test_gpus_as_nvml_tells_them(monkeypatch):
         "nvmlDeviceGetMemoryInfo": lambda i: (setattr(memory, "total", cards[i][1]), memory)[1],
         "nvmlDeviceGetCudaComputeCapability": lambda i: list(cards[i][2]),
         "nvmlDeviceGetUUID": lambda i: cards[i][3],
+        "nvmlDeviceGetTotalEnergyConsumption": lambda i: [5_000, 7_500][i],
     }
     for name, answer in answers.items():
         monkeypatch.setattr(pynvml, name, answer)
@@ -107,9 +108,11 @@ def test_gpus_as_nvml_tells_them(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bb")
     found = hardware.detect()
     assert found.gpus == (t4,) and "hides 1 GPU" in found.note
+    assert hardware.energy_joules() == 7.5
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     found = hardware.detect()
     assert found.gpus == () and "hides 2 GPU" in found.note
+    assert hardware.energy_joules() is None
     assert hardware.serving_path(found).device == "cpu"
 
 

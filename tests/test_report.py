@@ -51,7 +51,7 @@ def test_other_rows_shots_or_tasks_are_other_work(tmp_path, change):
 @pytest.mark.parametrize("gpu, verdict", [("NVIDIA A40", "agrees"),
                                           ("NVIDIA H100 80GB HBM3", "not measured here")])
 def test_a_speed_is_compared_on_the_same_gpu_only(tmp_path, gpu, verdict):
-    rows = [row(tmp_path, "throughput", work={"output_tokens": 500},
+    rows = [row(tmp_path, "throughput", work={"output_tokens": 500, "concurrency": 1},
                 hardware={"gpus": [gpu], "cpu": "", "cores": 8},
                 output_tok_s=32, output_tok_s_min=31, output_tok_s_max=33)]
     assert verdicts(rows, source="Output tokens per second on an A40, fp8")["verdict"] == verdict

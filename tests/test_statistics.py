@@ -159,6 +159,13 @@ def test_ratio_of_medians():
     assert found == statistics.ratio_of_medians(fp8, bf16)  # seeded
 
 
+def test_a_wide_spread_is_said_instead_of_decimals():
+    steady = statistics.ratio_of_medians([32, 32.5, 31.5, 32, 32], [17, 17, 17.1, 16.9, 17])
+    assert statistics.in_words(steady).startswith("1.88x, 95 % interval 1.8")
+    noisy = statistics.ratio_of_medians([20, 32, 45, 30, 36], [17, 10, 25, 17, 14])
+    assert statistics.in_words(noisy).startswith("about 1.9x: the rounds spread too widely")
+
+
 def test_ratio_of_medians_covers_the_truth():
     rng = np.random.default_rng(3)
     covered = 0

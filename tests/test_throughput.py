@@ -52,7 +52,7 @@ def test_a_flag_that_the_benchmark_does_not_know(fp8_server):
 def test_other_work_than_asked_for_is_refused(change):
     raw = {"failed": 0, "completed": 2, "output_lens": [500, 500], "errors": ["", ""],
            "output_throughput": 100.0, "median_ttft_ms": 5.0, "median_tpot_ms": 9.0,
-           "median_itl_ms": 9.0}
+           "median_itl_ms": 9.0, "p99_ttft_ms": 6.0, "p99_itl_ms": 12.0}
     assert throughput._checked(raw, 2, 500).output_tok_s == 100.0
     with pytest.raises(WorkbookError, match="measured other work"):
         throughput._checked({**raw, **change}, 2, 500)
@@ -69,10 +69,13 @@ def test_the_arms_take_turns_in_going_first():
 
 def test_the_summary_holds_medians_and_the_range():
     rounds = pd.DataFrame({"round": [1, 2, 3] * 2, "arm": ["fp8"] * 3 + ["bf16"] * 3,
-                           "kernel": ["K"] * 3 + ["unquantized"] * 3,
+                           "streams": [1] * 6, "kernel": ["K"] * 3 + ["unquantized"] * 3,
                            "output_tok_s": [10.0, 30.0, 20.0, 1.0, 2.0, 3.0],
                            "ttft_ms": [1.0] * 6, "tpot_ms": [5.0, 4.0, 9.0] * 2,
-                           "itl_ms": [2.0] * 6})
+                           "itl_ms": [2.0] * 6, "ttft_p99_ms": [3.0] * 6,
+                           "itl_p99_ms": [4.0] * 6})
+    busier = rounds.assign(streams=8, output_tok_s=99.0)
+    rounds = pd.concat([rounds, busier])
     figures = throughput.summary(rounds, "fp8")
     assert figures["output_tok_s"] == 20 and figures["tpot_ms"] == 5
     assert (figures["output_tok_s_min"], figures["output_tok_s_max"]) == (10, 30)
