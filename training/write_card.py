@@ -49,7 +49,8 @@ Mean loss of an answer's token, in nats, on the batch of that step (nothing in i
 ## Limits
 
 It answers problems like those of `data/tiny_gsm8k`, in the few-shot form and in the chat form.
-Anything else it answers with nonsense. Made for teaching and testing; MIT licence, as the problems.
+Anything else it answers with nonsense, and it often gives the person in a problem another name.
+Made for teaching and testing; MIT licence, as the problems.
 """
 
 EVALUATION = """
@@ -81,7 +82,7 @@ ARCHITECTURE = {
 def write_card(target: Path) -> None:
     """Write README.md in `target`; the evaluation's section only where there is one."""
     training = json.loads((target / "training_log.json").read_text())
-    run, log = training["run"], training["log"]
+    run, log = training["run"], training.pop("log")
     config = json.loads((target / "config.json").read_text())
     phi4 = json.loads((target.parent / "phi4" / "config.json").read_text())
     every = max(1, len(log) // 12)
