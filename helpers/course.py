@@ -50,10 +50,10 @@ class Course:
         return pd.DataFrame(rows, columns=["notebook", "writes to disk", "weights in memory"])
 
     def record(self, experiment: str, arm: str, checkpoint: Path, work: dict, metrics: dict,
-               kernel: str = "") -> dict:
+               kernel: str = "") -> None:
         """Append a result to the ledger with this course's model, path and checkpoint."""
         whole = workspace.is_whole(checkpoint)
-        return ledger.record(
+        ledger.record(
             experiment, arm, work, metrics,
             model=models.model_info(self.profile), path=self.path.key, kernel=kernel,
             checkpoint=workspace.fingerprint(checkpoint) if whole else "",

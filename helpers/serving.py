@@ -34,7 +34,7 @@ GRACE = 4  # seconds that vLLM has to end by itself before it is killed
 # vLLM is told to keep to itself, and to this machine: the model is always a local directory.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-    "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1",
+    "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1", "NO_COLOR": "1",
 }
 
 
