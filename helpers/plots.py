@@ -158,6 +158,9 @@ def detectable_loss(curve) -> None:
         axis.annotate(f"{n:,} rows: {loss:.1f} points", (n, loss), xytext=(8, 6),
                       textcoords="offset points")
     axis.set_xscale("log")
+    axis.set_xticks([50, 100, 200, 500, 1000, 2000, 5000])
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.minorticks_off()
     axis.set_xlabel("rows evaluated")
     axis.set_ylabel("smallest detectable loss, points")
     axis.set_ylim(bottom=0)
@@ -186,7 +189,8 @@ def concurrency(rounds) -> None:
     speed.set_ylim(bottom=0)
     speed.set_ylabel("tokens/s, all streams together")
     speed.set_title("Throughput grows with the streams", loc="left")
-    latency.set_yscale("log")
+    latency.set_yscale("log", base=2)
+    latency.yaxis.set_major_formatter("{x:.0f}")
     latency.set_ylabel("median, ms")
     latency.set_title("and every stream waits longer", loc="left")
     show(figure, f"Left: tokens per second of bf16 and FP8 for 1 to {medians.index.max()} streams. "
@@ -195,6 +199,8 @@ def concurrency(rounds) -> None:
 
 def throughput_rounds(speed) -> None:
     """Tokens/s of both arms, round by round; `speed`: index round, columns "bf16", "fp8"."""
+    from helpers import statistics
+
     figure, axis = _axes()
     for arm, colour in (("bf16", BF16), ("fp8", FP8)):
         axis.plot(speed.index, speed[arm], "o-", color=colour, label=arm)
@@ -204,7 +210,7 @@ def throughput_rounds(speed) -> None:
     axis.set_xlabel("round")
     axis.set_ylabel("tokens/s, one stream")
     axis.legend(frameon=False, title="median dotted")
-    ratio = speed["fp8"].median() / speed["bf16"].median()
-    axis.set_title(f"One stream of 500 tokens: FP8 at {ratio:.2f}x bf16", loc="left")
-    show(figure, f"Tokens per second of bf16 and FP8 over {len(speed)} rounds; the ratio of the "
-                 f"medians is {ratio:.2f}.")
+    ratio = statistics.in_words(statistics.ratio_of_medians(speed["fp8"], speed["bf16"]))
+    axis.set_title(f"One stream, FP8 over bf16: {ratio.split(',')[0].split(' (')[0]}", loc="left")
+    show(figure, f"Tokens per second of bf16 and FP8 over {len(speed)} rounds; FP8 over bf16 is "
+                 f"{ratio}.")
