@@ -288,7 +288,7 @@ class _Progress:
         if last:
             form = "{desc}: {n_fmt} answers in {elapsed}"
         line = tqdm.format_meter(self.done, self.total, gone, prefix=self.label, bar_format=form)
-        if "ipykernel" in sys.modules:
+        if serving.in_notebook():
             from IPython.display import display
 
             shown = {"text/plain": line}

@@ -26,7 +26,7 @@ def encode(x):
     """The nearest E4M3 code of every number, ties to even, saturating at 448: float to uint8.
 
     LLM Compressor clamps to ±448 before it casts, so larger numbers and infinities saturate;
-    torch's bare cast makes NaN of what rounds beyond 448. NaN stays NaN.
+    torch 2.13's bare cast saturates as well. NaN stays NaN.
     """
     import torch
 

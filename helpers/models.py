@@ -159,8 +159,8 @@ def obtain(profile: Profile) -> Path:
 
 
 def _download(profile: Profile) -> Path:
+    from httpx import HTTPError
     from huggingface_hub import constants, errors, snapshot_download
-    from requests import RequestException
 
     what = {"repo_id": profile.repo, "revision": profile.revision, "allow_patterns": HUB_FILES}
     try:
@@ -178,7 +178,7 @@ def _download(profile: Profile) -> Path:
         raise _unobtainable(profile, "the hub does not know it",
                             "check HF_ENDPOINT, and HF_TOKEN if it is private") from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled,
-            RequestException, OSError) as error:
+            HTTPError, OSError) as error:
         raise _unobtainable(profile, f"the hub did not answer ({type(error).__name__})",
                             "check the network (and HF_ENDPOINT, HF_HUB_OFFLINE)") from error
 

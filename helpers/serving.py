@@ -132,8 +132,13 @@ class VllmServer:
         supervisor.stdin.close()
         try:
             supervisor.wait(timeout=3 * GRACE)
-        except subprocess.TimeoutExpired:  # it should never hang; then its processes go with it
-            _end_tree(psutil.Process(supervisor.pid), itself=True)
+        except subprocess.TimeoutExpired:  # it should never hang
+            supervisor.kill()
+        while left := processes(self):  # of a supervisor that was killed, or hung
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(left, timeout=1)
 
     def log(self) -> str:
         """What vLLM has written so far."""
@@ -303,13 +308,22 @@ def _phase(log: str) -> str:
     return next((doing for said, doing in _PHASES if said in log), "importing")
 
 
+def in_notebook() -> bool:
+    """Whether this process is a notebook's kernel, and not one that has merely imported it."""
+    if "ipykernel" not in sys.modules:
+        return False
+    from IPython import get_ipython
+
+    return hasattr(get_ipython(), "kernel")
+
+
 class _Progress:
     """One line that changes in a notebook and a terminal; in a plain file, a line per phase."""
 
     def __init__(self, title: str):
         self._title, self._began, self._last = title, time.monotonic(), ""
         self._handle = None
-        if "ipykernel" in sys.modules:
+        if in_notebook():
             from IPython.display import display
 
             self._handle = display({"text/plain": title}, raw=True, display_id=True)
@@ -435,22 +449,20 @@ def _supervise(parent: int, log_path: str, command: list[str]) -> int:
             child.terminate()  # vLLM then ends its own processes, and its shared memory with them
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(timeout=GRACE)
-        _end_tree(psutil.Process())
+        _end_descendants()
     return child.returncode if child.returncode is not None else 1
 
 
-def _end_tree(process: psutil.Process, itself: bool = False) -> None:
+def _end_descendants() -> None:
     """Kill every descendant, again and again until there is none: they may still be forking."""
     for _ in range(20):
-        below = process.children(recursive=True)
+        below = psutil.Process().children(recursive=True)
         for one in below:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
         _, alive = psutil.wait_procs(below, timeout=1)
         if not below and not alive:
             break
-    if itself:
-        process.kill()
 
 
 if __name__ == "__main__":

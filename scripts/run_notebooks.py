@@ -45,7 +45,11 @@ def execute(source: Path, target: Path, label: str) -> NotebookNode:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
 
+    begun = 0
+
     def begin(cell: NotebookNode, cell_index: int) -> None:
+        nonlocal begun
+        begun = cells.index(cell) if cell in cells else begun
         if tty and cell in cells:
             at = f"cell {cells.index(cell) + 1} of {len(cells)}"
             print(f"\r{label}  {at}, {time.monotonic() - started:.0f} s\033[K", end="", flush=True)
@@ -60,7 +64,7 @@ def execute(source: Path, target: Path, label: str) -> NotebookNode:
         client.execute()
         state = "done"
     except (CellExecutionError, DeadKernelError) as error:
-        raise NotebookStopped(paragraph(source.name, nb, error, target)) from None
+        raise NotebookStopped(paragraph(source.name, nb, begun, error, target)) from None
     except AssertionError:  # how nbclient ends after SIGINT or SIGTERM, its kernel shut down
         state = "interrupted"
         raise KeyboardInterrupt from None
@@ -72,20 +76,16 @@ def execute(source: Path, target: Path, label: str) -> NotebookNode:
     return nb
 
 
-def paragraph(name: str, nb: NotebookNode, error: Exception, target: Path) -> str:
+def paragraph(name: str, nb: NotebookNode, begun: int, error: Exception, target: Path) -> str:
     """What happened in which cell of which notebook, without a traceback."""
     cells = code_cells(nb)
-    failed = next((i for i, cell in enumerate(cells)
-                   if any(o.output_type == "error" for o in cell.outputs)), None)
-    if failed is None:  # the kernel died: the last cell that it had begun
-        failed = max((i for i, c in enumerate(cells) if c.execution_count or c.outputs), default=0)
     if isinstance(error, CellExecutionError):
         what = f"{error.ename}: {error.evalue}"
     else:
         what = ("The kernel died. Most often that is the system ending it for want of memory: "
                 "close other programs, or choose a smaller model with PHI4_FP8_PROFILE.")
-    first = cells[failed].source.strip().splitlines()[0]
-    return (f"{name} stopped at code cell {failed + 1} of {len(cells)}, which begins `{first}`.\n"
+    first = cells[begun].source.strip().splitlines()[0]
+    return (f"{name} stopped at code cell {begun + 1} of {len(cells)}, which begins `{first}`.\n"
             f"{what}\nThe notebook as far as it got: {shown(target)}")
 
 

@@ -60,7 +60,7 @@ LAYER = "model__layers__0__mlp__down_proj__weight"
     ({f"{LAYER}_scale": torch.full((256, 1), float("nan"), dtype=torch.bfloat16)}, "half steps"),
     ({f"{LAYER}_scale": torch.zeros(256, 1, dtype=torch.bfloat16)}, "half steps"),
     ({LAYER: torch.zeros(256, 768, dtype=torch.float8_e4m3fn)}, "off by"),
-    ({"lm_head__weight": torch.zeros(512, 256, dtype=torch.bfloat16)}, "not the base's"),
+    ({"lm_head__weight": torch.zeros(896, 256, dtype=torch.bfloat16)}, "not the base's"),
     ({"extra": torch.zeros(1)}, "extra is not expected"),
 ])
 def test_every_disagreement_is_named(tiny_base, copy, changes, says):

@@ -26,12 +26,10 @@ def test_every_bf16_encodes_as_torch_after_the_clamp_of_llm_compressor():
     assert same_codes(fp8.encode(x), x.float().clamp(-448, 448).to(torch.float8_e4m3fn))
 
 
-def test_torch_alone_differs_only_where_it_makes_nan_of_large_numbers():
+def test_this_torchs_own_cast_saturates_as_well():
     x = every_bf16()
-    differs = fp8.encode(x) != x.to(torch.float8_e4m3fn).view(torch.uint8)
-    assert differs.any()
-    assert (x[differs].abs() > 448).all()
-    assert x[differs].to(torch.float8_e4m3fn).float().isnan().all()
+    assert same_codes(fp8.encode(x), x.to(torch.float8_e4m3fn))
+    assert fp8.decode(fp8.encode(torch.tensor([1e9, -torch.inf]))).tolist() == [448.0, -448.0]
 
 
 def test_float32_between_two_codes_rounds_as_torch_does():
@@ -66,6 +64,6 @@ def test_per_token_scales_are_those_of_compressed_tensors():
     x *= torch.logspace(-3, 3, 50)[:, None]
     codes, scale = fp8.quantize_per_token(x)
     args = QuantizationArgs(num_bits=8, type="float", strategy="token", dynamic=True)
-    expected, _ = compute_dynamic_scales_and_zp(x, args, torch.nn.Module())
+    expected, _ = compute_dynamic_scales_and_zp(x[None], args, torch.nn.Module())
     assert torch.allclose(scale, expected.reshape(-1, 1), rtol=1e-6)
     assert ((fp8.decode(codes) * scale - x).abs() <= x.abs() / 17 + scale * 2**-10).all()

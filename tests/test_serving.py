@@ -22,7 +22,7 @@ GONE_WITHIN = 10  # seconds
 
 # An owner of a server, in a process of its own: says which session the server is, then goes on.
 OWNER = """
-import sys, threading, time
+import os, sys, threading, time
 from helpers import hardware, models, serving
 path = hardware.serving_path(hardware.detect())
 flags = serving.default_flags(models.PROFILES["tiny-phi4"], path)
@@ -30,7 +30,7 @@ server = serving.VllmServer(sys.argv[1], flags)
 threading.Thread(target=server.start, daemon=True).start()
 while len(serving.processes(server)) < 3:  # the supervisor, the API server, an engine
     time.sleep(0.2)
-print("session", server.session, flush=True)
+os.write(1, f"\\nsession {server.session}\\n".encode())  # whole, beside the thread's own lines
 """
 
 
@@ -148,6 +148,7 @@ def test_a_server_that_dies_says_why(tmp_path, tmp_workspace, tiny_base):
     config = json.loads((model / "config.json").read_text())
     config["num_hidden_layers"] += 1
     (model / "config.json").write_text(json.dumps(config))
+    workspace.write_manifest(model)
     server = serving.VllmServer(model, default_flags())
     with pytest.raises(WorkbookError, match="stopped while starting") as died:
         server.start()
@@ -196,8 +197,8 @@ def test_gone_after_an_exception_and_its_engine_missed(tmp_workspace, tiny_fp8):
     server = serving.VllmServer(tiny_fp8, default_flags())
     with pytest.raises(WorkbookError, match="stopped while answering"), server:
         family = serving.processes(server)
-        youngest = max(family, key=lambda process: process.create_time())
-        youngest.kill()
+        [engine] = [process for process in family if "EngineCore" in "".join(process.cmdline())]
+        engine.kill()
         server.complete("1")
     assert left_after(server.session, GONE_WITHIN) == []
     assert not any(process.is_running() for process in family)
@@ -219,6 +220,7 @@ def test_gone_after_its_owner_was_killed(tmp_workspace, tiny_base):
 
 
 def test_gone_after_its_supervisor_was_killed(tmp_workspace, tiny_base):
+    """Killed while vLLM starts, which then does not listen to SIGTERM: its owner ends it."""
     owner, session = start_owner(tiny_base, "time.sleep(600)")
     os.kill(session, signal.SIGKILL)
     assert left_after(session, GONE_WITHIN) == []
