@@ -242,8 +242,8 @@ def static_and_dynamic(table) -> None:
     axis.set_xticks(places, table.index, rotation=90, fontsize=8)
     axis.set_ylabel("SQNR of the input, dB")
     axis.legend(frameon=False)
-    axis.set_title(f"Dynamic less static, median: {(table['dynamic'] - table['static']).median():.1f}"
-                   " dB", loc="left")
+    gain = (table["dynamic"] - table["static"]).median()
+    axis.set_title(f"Dynamic less static, median of the modules: {gain:.1f} dB", loc="left")
     show(figure, f"Signal to quantization noise of the inputs of {len(table)} modules, per token "
                  "and with one static scale.")
 

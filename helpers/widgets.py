@@ -177,6 +177,7 @@ def explorer(base: Path, fp8: Path):
             with picture:
                 draw(base, fp8, module, view.value)
         except WorkbookError as error:
+            picture.clear_output()  # the last module's picture must not stand under the sentence
             note.value = _sentence(error)
 
     def select(key):
@@ -200,8 +201,7 @@ def explorer(base: Path, fp8: Path):
 def _sentence(error: WorkbookError) -> str:
     import html
 
-    return " ".join(f"<span>{html.escape(part)}</span>"
-                    for part in (error.what, error.meaning, error.remedy))
+    return html.escape(f"{error.what} {error.meaning} {error.remedy}")
 
 
 def _buttons(table, select) -> list:
