@@ -200,31 +200,35 @@ def outputs(model, texts: list) -> tuple[list, object]:
     return [torch.cat(place) for place in seen], logits
 
 
-def kl(logits, other) -> float:
-    """Mean over tokens of KL(p || q) in nats, p from `logits` [tokens, vocabulary], q from `other`.
+def kl(logits, other):
+    """KL(p || q) in nats of each token, p from `logits` [tokens, vocabulary], q from `other`.
 
-    KL = sum p ln(p / q), over the whole vocabulary.
+    KL = sum p ln(p / q), over the whole vocabulary; float64 [tokens].
     """
     p, q = logits.double().log_softmax(-1), other.double().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
+    return (p.exp() * (p - q)).sum(-1)
 
 
 def compare(reference, model, texts: list) -> dict:
     """The model, as it is now, beside `reference`, what `outputs` returned before.
 
-    {"layers": SQNR in dB of each decoder layer's output, "kl": nats per token, "top-1": share of
-    tokens whose likeliest successor is the reference's}.
+    "layer i, dB": SQNR of each decoder layer's output; "KL" and "KL s.e.": mean over tokens in
+    nats and its standard error, the tokens taken as independent; "top-1": share of tokens whose
+    likeliest successor is the reference's.
     """
     layers, logits = outputs(model, texts)
-    return {"layers": [sqnr(a, b) for a, b in zip(reference[0], layers, strict=True)],
-            "kl": kl(reference[1], logits),
-            "top-1": float((reference[1].argmax(-1) == logits.argmax(-1)).double().mean())}
+    each = kl(reference[1], logits)
+    agree = reference[1].argmax(-1) == logits.argmax(-1)
+    return {f"layer {i}, dB": sqnr(a, b)
+            for i, (a, b) in enumerate(zip(reference[0], layers, strict=True))} | {
+        "KL": float(each.mean()), "KL s.e.": float(each.std() / len(each)**0.5),
+        "top-1": float(agree.double().mean())}
 
 
 def run(model, texts: list, formats: tuple[Format, ...] = FORMATS):
     """Every format on weights, on activations and on both: a DataFrame of `compare`'s figures.
 
-    Columns "format", "rounded", one "layer i, dB" a decoder layer, "KL", "top-1".
+    Columns "format", "rounded", and those figures.
     """
     import pandas as pd
 
@@ -234,14 +238,12 @@ def run(model, texts: list, formats: tuple[Format, ...] = FORMATS):
                 ("weights", True, False), ("activations", False, True), ("both", True, True)):
             with quantized(model, format, weights, activations):
                 found = compare(reference, model, texts)
-            rows.append({"format": format.name, "rounded": title}
-                        | {f"layer {i}, dB": db for i, db in enumerate(found["layers"])}
-                        | {"KL": found["kl"], "top-1": found["top-1"]})
+            rows.append({"format": format.name, "rounded": title} | found)
     return pd.DataFrame(rows)
 
 
 def left_alone(model, texts: list):
-    """lm_head and the embedding rounded as well, E4M3 per row: a DataFrame of KL and top-1.
+    """lm_head and the embedding rounded as well, E4M3 per row: KL and top-1 as `compare`'s.
 
     Each row adds to the Linears' FP8_DYNAMIC rounding; lm_head's input is rounded per token too,
     the embedding has no input to round.
@@ -253,6 +255,5 @@ def left_alone(model, texts: list):
                         ("and the embedding", ["model.embed_tokens"]),
                         ("and both", ["lm_head", "model.embed_tokens"])):
         with quantized(model, FORMATS[0], True, True, linears(model) + more):
-            found = compare(reference, model, texts)
-        rows[title] = {"KL": found["kl"], "top-1": found["top-1"]}
-    return pd.DataFrame(rows).T
+            rows[title] = compare(reference, model, texts)
+    return pd.DataFrame(rows).T[["KL", "KL s.e.", "top-1"]]

@@ -195,7 +195,7 @@ def module_map(table, unit: str, title: str) -> None:
     """
     figure, axis = _axes(height=max(2.6, 0.28 * len(table) + 1.4))
     image = axis.imshow(table, cmap="cividis", aspect="auto")
-    axis.set_xticks(range(table.shape[1]), table.columns)
+    axis.set_xticks(range(table.shape[1]), [name.replace(" ", "\n", 1) for name in table.columns])
     axis.set_yticks(range(len(table)), table.index)
     axis.spines[:].set_visible(False)
     axis.set_ylabel("layer")
@@ -237,13 +237,15 @@ def static_and_dynamic(table) -> None:
     """SQNR of the inputs by module: columns "static", "dynamic", in dB; index module."""
     figure, axis = _axes(width=10, height=3.8)
     places = range(len(table))
-    axis.plot(places, table["dynamic"], "o-", color=FP8, label="per token, dynamic")
-    axis.plot(places, table["static"], "s--", color=BF16, label="per tensor, static")
+    axis.plot(places, table["dynamic"], "o", color=FP8, label="per token, dynamic")
+    axis.plot(places, table["static"], "s", color=BF16, label="per tensor, static")
     axis.set_xticks(places, table.index, rotation=90, fontsize=8)
     axis.set_ylabel("SQNR of the input, dB")
-    axis.legend(frameon=False)
-    gain = (table["dynamic"] - table["static"]).median()
-    axis.set_title(f"Dynamic less static, median of the modules: {gain:.1f} dB", loc="left")
+    axis.grid(axis="x", color="#dddddd", lw=0.8)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    gain = table["dynamic"] - table["static"]
+    axis.set_title(f"Dynamic less static: median {gain.median():.1f} dB, largest "
+                   f"{gain.max():.1f} dB", loc="left")
     show(figure, f"Signal to quantization noise of the inputs of {len(table)} modules, per token "
                  "and with one static scale.")
 

@@ -44,14 +44,14 @@ def parts(widget):
 
 
 def test_channel_errors_and_maps_are_those_of_the_whole_tensors(tiny_base, tiny_fp8, monkeypatch):
-    monkeypatch.setattr(widgets, "ROWS", 100)  # so that the last slice is a short one
+    monkeypatch.setattr(widgets, "SLICE", 100 * 768)  # so that the last slice is a short one
     base = load_file(tiny_base / "model.safetensors")
     stored = load_file(tiny_fp8 / "model.safetensors")
     weight, scale = base[f"{DOWN}.weight"].double(), stored[f"{DOWN}.weight_scale"].double()
     noise = (stored[f"{DOWN}.weight"].double() * scale - weight).square().sum(1)
     found = widgets.channel_error(tiny_base, tiny_fp8, DOWN)
-    assert torch.allclose(found[0], weight.square().sum(1), rtol=1e-5)
-    assert torch.allclose(found[1], noise, rtol=1e-4)
+    assert torch.allclose(found[0].double(), weight.square().sum(1), rtol=1e-5)
+    assert torch.allclose(found[1].double(), noise, rtol=1e-4)
     spread = widgets.spread_map(tiny_fp8)
     assert spread.shape == (4, 4)
     assert spread.loc[0, "down_proj"] == pytest.approx(float(scale.max() / scale.min()))
