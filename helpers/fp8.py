@@ -1,45 +1,71 @@
 """E4M3 from the bits: decode, encode, and quantization per channel and per token.
 
 Written with integer and ordinary float arithmetic only; the tests hold it to torch's own cast and
-to LLM Compressor's tensors, bit for bit. The format: Micikevicius et al. 2022,
-https://arxiv.org/abs/2209.05433 (the variant that torch calls float8_e4m3fn).
+to LLM Compressor's tensors, bit for bit. The formats: Micikevicius et al. 2022,
+https://arxiv.org/abs/2209.05433 (the variants that torch calls float8_e4m3fn and float8_e5m2).
 """
 
-MAX = 448.0  # 2^8 * (1 + 6/8): S.1111.110, the largest number; S.1111.111 is NaN
-BIAS = 7
+from dataclasses import dataclass
 
 
-def decode(codes):
-    """The numbers that E4M3 codes stand for: uint8 tensor of any shape to float32."""
+@dataclass(frozen=True)
+class Format:
+    """An 8-bit float: its mantissa's bits, its exponent's bias, its largest number.
+
+    `infinity`: the code of +infinity where the format has one; all codes above it are NaN.
+    """
+
+    mantissa_bits: int
+    bias: int
+    max: float
+    infinity: int | None
+
+
+E4M3 = Format(3, 7, 448.0, None)  # S.1111.110 is 2^8 * (1 + 6/8); only S.1111.111 is NaN
+E5M2 = Format(2, 15, 57344.0, 0b11111_00)  # S.11110.11 is 2^15 * (1 + 3/4); as IEEE 754 does it
+MAX = E4M3.max
+_SIGN, _NAN = 128, 127
+
+
+def decode(codes, format: Format = E4M3):
+    """The numbers that 8-bit float codes stand for: uint8 tensor of any shape to float32."""
     import torch
 
     codes = codes.to(torch.int32)
+    steps = 2**format.mantissa_bits
     sign = 1.0 - 2.0 * (codes >> 7)
-    exponent, mantissa = (codes >> 3) & 15, (codes & 7).float()
-    normal = torch.ldexp(1 + mantissa / 8, exponent - BIAS)
-    subnormal = torch.ldexp(mantissa / 8, torch.tensor(1 - BIAS))
+    magnitude = codes & _NAN
+    exponent, mantissa = magnitude // steps, (magnitude % steps).float()
+    normal = torch.ldexp(1 + mantissa / steps, exponent - format.bias)
+    subnormal = torch.ldexp(mantissa / steps, torch.tensor(1 - format.bias))
     value = sign * torch.where(exponent > 0, normal, subnormal)
-    return value.masked_fill((codes & 127) == 127, float("nan"))
+    if format.infinity is not None:
+        value = torch.where(magnitude == format.infinity, sign * torch.inf, value)
+    return value.masked_fill(magnitude > (format.infinity or _NAN - 1), torch.nan)
 
 
-def encode(x):
-    """The nearest E4M3 code of every number, ties to even, saturating at 448: float to uint8.
+def encode(x, format: Format = E4M3):
+    """The nearest code of every number, ties to even, saturating at the format's largest number.
 
-    LLM Compressor clamps to ±448 before it casts, so larger numbers and infinities saturate;
-    torch 2.13's bare cast saturates as well. NaN stays NaN.
+    Float tensor of any shape to uint8. LLM Compressor clamps before it casts, so larger numbers
+    and infinities saturate. The bare cast of torch 2.13 saturates too in E4M3, and makes infinity
+    of what rounds beyond the largest in E5M2. NaN stays NaN.
     """
     import torch
 
     x = x.float()
-    magnitude = x.abs().clamp(max=MAX)
-    # frexp gives x = f * 2^e with f in [0.5, 1): the exponent of 1.m * 2^(e-1). Below 2^-6 the
-    # step stays that of 2^-6.
+    least = 1 - format.bias  # the exponent of the smallest normal number, and of all subnormals
+    magnitude = x.abs().clamp(max=format.max)
+    # frexp gives x = f * 2^e with f in [0.5, 1): the exponent of 1.m * 2^(e-1). Below the smallest
+    # normal number the step stays that of the smallest normal number.
     exponent = torch.frexp(magnitude)[1] - 1
-    exponent = exponent.masked_fill(magnitude == 0, 1 - BIAS).clamp(min=1 - BIAS)
-    steps = torch.ldexp(magnitude, 3 - exponent).round()  # torch rounds ties to even
-    # A full mantissa (16 steps) carries into the exponent, as adding the two fields does.
-    code = ((exponent + BIAS - 1) * 8 + steps).masked_fill(x.isnan(), 127)
-    return (code.to(torch.int32) | (torch.signbit(x).to(torch.int32) << 7)).to(torch.uint8)
+    exponent = exponent.masked_fill(magnitude == 0, least).clamp(min=least)
+    # torch rounds ties to even
+    steps = torch.ldexp(magnitude, format.mantissa_bits - exponent).round()
+    # A full mantissa carries into the exponent, as adding the two fields does.
+    code = (exponent - least) * 2**format.mantissa_bits + steps
+    code = code.masked_fill(x.isnan(), _NAN)
+    return (code.to(torch.int32) | (torch.signbit(x).to(torch.int32) * _SIGN)).to(torch.uint8)
 
 
 def quantize_per_channel(weight):

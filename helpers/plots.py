@@ -83,30 +83,33 @@ def bytes_by_role(censuses: dict) -> None:
     show(figure, "Stacked bars: share of bytes by role, for " + " and ".join(censuses) + ".")
 
 
-def number_lines(e4m3) -> None:
-    """Where E4M3 and INT8 put their values when both are scaled to an amax of 1.
+def number_lines(e4m3, e5m2) -> None:
+    """Where INT8, E4M3 and E5M2 put their values when all are scaled to an amax of 1.
 
-    `e4m3`: float tensor [256], the decoded codes, NaN allowed.
+    `e4m3`, `e5m2`: float tensors [256], the decoded codes; NaN and infinities are left out.
     """
     import torch
 
-    fine = e4m3[~e4m3.isnan()].unique() / 448
-    coarse = torch.arange(-127, 128) / 127
-    figure, (line, step) = _axes(width=10, height=3.2, columns=2)
-    for row, (name, values, colour) in enumerate([("INT8", coarse, BF16), ("E4M3", fine, FP8)]):
+    grids = [("INT8", torch.arange(-127, 128) / 127, BF16),
+             ("E4M3", e4m3[e4m3.isfinite()].unique() / 448, FP8),
+             ("E5M2", e5m2[e5m2.isfinite()].unique() / 57344, THIRD)]
+    figure, (line, step) = _axes(width=10, height=3.6, columns=2)
+    for row, (name, values, colour) in enumerate(grids):
         line.plot(values, [row] * len(values), "|", ms=22, color=colour, mew=0.8)
         positive = values[values > 0]
         step.loglog(positive[:-1], positive.diff() / positive[:-1] * 100, color=colour, label=name)
-    line.set_yticks([0, 1], ["INT8", "E4M3"])
-    line.set_ylim(-0.6, 1.6)
+    line.set_yticks(range(3), [name for name, _, _ in grids])
+    line.set_ylim(-0.6, 2.6)
     line.set_xlabel("value / amax")
-    line.set_title("E4M3 crowds its values around zero", loc="left")
+    line.set_title("Floats crowd their values around zero", loc="left")
     step.set_xlabel("value / amax")
     step.set_ylabel("step to the next value, %")
+    step.set_yticks([1, 10, 100], ["1", "10", "100"])
     step.legend(frameon=False)
-    step.set_title("and keeps 6.7 to 12.5 % over four decades", loc="left")
-    show(figure, "Left: the values of INT8, evenly spaced, and of E4M3, dense around zero. Right: "
-                 "the relative step, constant for E4M3 over four decades, growing for INT8 as "
+    step.set_title("and keep their relative step far down", loc="left")
+    show(figure, "Left: the values of INT8, evenly spaced, and of E4M3 and E5M2, dense around "
+                 "zero. Right: the relative step over magnitude: E4M3's stays between 6.7 and "
+                 "12.5 % over four decades, E5M2's is twice that over more, and INT8's grows as "
                  "values shrink.")
 
 
@@ -146,6 +149,105 @@ def weight_error(name: str, original, rebuilt) -> None:
     axis.set_title("Half a step bounds the error until weights turn subnormal", loc="left")
     show(figure, f"Relative error of the weights of {name} against their magnitude: under 5.9 % "
                  "down to about 3e-5 of amax, larger below.")
+
+
+def weights_on_grid(name: str, channel: int, original, codes, scale: float) -> None:
+    """One channel's weights before and after, and the error that lies between.
+
+    `original`, `codes` (decoded, not yet scaled): float tensors [in]; `scale`: the channel's.
+    """
+    order = original.argsort()
+    pick = order[::max(1, len(order) // 4000)]
+    before, after = original[pick] / scale, codes[pick]
+    figure, (line, zoom) = _axes(width=10, height=3.4, columns=2)
+    line.plot(before, after, ".", ms=3, color=FP8)
+    line.set_xlabel("weight / scale, before")
+    line.set_ylabel("stored E4M3 value")
+    line.set_title("before and after", loc="left")
+    zoom.plot(before, after - before, ".", ms=3, color=FP8)
+    zoom.set_xlabel("weight / scale, before")
+    zoom.set_ylabel("after - before")
+    zoom.set_title("the error grows with the step", loc="left")
+    figure.suptitle(f"{name}, channel {channel}", x=0.01, ha="left")
+    show(figure, f"{len(pick)} weights of channel {channel} of {name} before and after rounding "
+                 "to E4M3, and their difference, whose bound doubles at every power of two.")
+
+
+def channel_error(name: str, error) -> None:
+    """Relative error of each output channel, in place and sorted; `error`: tensor [channels]."""
+    figure, (place, order) = _axes(width=10, height=3.2, columns=2)
+    place.plot(error * 100, ".", ms=3, color=FP8)
+    place.set_xlabel("output channel")
+    place.set_ylabel("relative error, %")
+    place.set_title("in place", loc="left")
+    order.plot(error.sort().values * 100, color=FP8)
+    order.set_xlabel("channels, sorted")
+    order.set_title(f"sorted: median {error.median():.2%}", loc="left")
+    figure.suptitle(name, x=0.01, ha="left")
+    show(figure, f"Relative error of {error.numel()} output channels of {name}, median "
+                 f"{error.median():.2%}.")
+
+
+def module_map(table, unit: str, title: str) -> None:
+    """A value for every layer and module; `table`: DataFrame, index layer, columns module.
+
+    `unit` says what the values are.
+    """
+    figure, axis = _axes(height=max(2.6, 0.28 * len(table) + 1.4))
+    image = axis.imshow(table, cmap="cividis", aspect="auto")
+    axis.set_xticks(range(table.shape[1]), [name.replace(" ", "\n", 1) for name in table.columns])
+    axis.set_yticks(range(len(table)), table.index)
+    axis.spines[:].set_visible(False)
+    axis.set_ylabel("layer")
+    middle = (table.min().min() + table.max().max()) / 2
+    for (row, column), value in _cells(table):
+        axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=9,
+                  color="black" if value > middle else "white")
+    figure.colorbar(image, ax=axis, label=unit)
+    axis.set_title(title, loc="left")
+    show(figure, f"Map of {len(table)} layers by {table.shape[1]} modules: {unit}, from "
+                 f"{table.min().min():.1f} to {table.max().max():.1f}.")
+
+
+def _cells(table):
+    return (((row, column), value) for row, line in enumerate(table.to_numpy())
+            for column, value in enumerate(line))
+
+
+def token_amax(table, pieces: list[str]) -> None:
+    """The amax of one text's activations by token and module.
+
+    `table`: DataFrame, index module, a column a token; `pieces`: the tokens' texts.
+    """
+    from matplotlib.colors import LogNorm
+
+    figure, axis = _axes(width=10, height=0.22 * len(table) + 1.8)
+    image = axis.imshow(table, cmap="cividis", aspect="auto", norm=LogNorm())
+    axis.set_yticks(range(len(table)), table.index, fontsize=8)
+    axis.set_xticks(range(len(pieces)), [piece.replace("$", r"\$") for piece in pieces],
+                    rotation=90, fontsize=8)
+    axis.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axis, label="amax of the input")
+    axis.set_title("Every token and every module has its own reach", loc="left")
+    show(figure, f"Map of the largest magnitude in the input of {len(table)} modules for "
+                 f"{len(pieces)} tokens, from {table.min().min():.2g} to {table.max().max():.2g}.")
+
+
+def static_and_dynamic(table) -> None:
+    """SQNR of the inputs by module: columns "static", "dynamic", in dB; index module."""
+    figure, axis = _axes(width=10, height=3.8)
+    places = range(len(table))
+    axis.plot(places, table["dynamic"], "o", color=FP8, label="per token, dynamic")
+    axis.plot(places, table["static"], "s", color=BF16, label="per tensor, static")
+    axis.set_xticks(places, table.index, rotation=90, fontsize=8)
+    axis.set_ylabel("SQNR of the input, dB")
+    axis.grid(axis="x", color="#dddddd", lw=0.8)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    gain = table["dynamic"] - table["static"]
+    axis.set_title(f"Dynamic less static: median {gain.median():.1f} dB, largest "
+                   f"{gain.max():.1f} dB", loc="left")
+    show(figure, f"Signal to quantization noise of the inputs of {len(table)} modules, per token "
+                 "and with one static scale.")
 
 
 def detectable_loss(curve) -> None:

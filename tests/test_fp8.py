@@ -1,5 +1,6 @@
 """E4M3 from the bits, against torch's cast and LLM Compressor's tensors."""
 
+import pytest
 import torch
 
 from helpers import checkpoint, fp8
@@ -13,23 +14,42 @@ def same_codes(mine, reference) -> bool:
     return torch.equal(mine, reference.view(torch.uint8))
 
 
-def test_all_codes_decode_as_torch_decodes_them():
+FORMATS = pytest.mark.parametrize("format, reference", [
+    (fp8.E4M3, torch.float8_e4m3fn), (fp8.E5M2, torch.float8_e5m2)], ids=["e4m3", "e5m2"])
+
+
+@FORMATS
+def test_all_codes_decode_as_torch_decodes_them(format, reference):
     codes = torch.arange(256, dtype=torch.uint8)
-    reference = codes.view(torch.float8_e4m3fn).float()
-    assert torch.equal(fp8.decode(codes).nan_to_num(1e9), reference.nan_to_num(1e9))
-    assert int(fp8.decode(codes).isnan().sum()) == 2
-    assert fp8.decode(codes)[~reference.isnan()].max() == fp8.MAX
+    expected = codes.view(reference).float()
+    mine = fp8.decode(codes, format)
+    assert torch.equal(mine.isnan(), expected.isnan())
+    assert torch.equal(mine[~mine.isnan()], expected[~mine.isnan()])
+    assert torch.equal(torch.signbit(mine[[0, 128]]), torch.tensor([False, True]))
+    assert mine[mine.isfinite()].max() == format.max == torch.finfo(reference).max
 
 
-def test_every_bf16_encodes_as_torch_after_the_clamp_of_llm_compressor():
+def test_e4m3_has_two_nans_and_no_infinity_and_e5m2_has_both():
+    codes = torch.arange(256)
+    fine, wide = fp8.decode(codes), fp8.decode(codes, fp8.E5M2)
+    assert (int(fine.isnan().sum()), int(fine.isinf().sum())) == (2, 0)
+    assert (int(wide.isnan().sum()), int(wide.isinf().sum())) == (6, 2)
+
+
+@FORMATS
+def test_every_bf16_encodes_as_torch_after_the_clamp_of_llm_compressor(format, reference):
     x = every_bf16()
-    assert same_codes(fp8.encode(x), x.float().clamp(-448, 448).to(torch.float8_e4m3fn))
+    expected = x.float().clamp(-format.max, format.max).to(reference)
+    assert same_codes(fp8.encode(x, format), expected)
 
 
-def test_this_torchs_own_cast_saturates_as_well():
+def test_this_torchs_own_cast_saturates_in_e4m3_and_overflows_in_e5m2():
     x = every_bf16()
     assert same_codes(fp8.encode(x), x.to(torch.float8_e4m3fn))
     assert fp8.decode(fp8.encode(torch.tensor([1e9, -torch.inf]))).tolist() == [448.0, -448.0]
+    differs = fp8.encode(x, fp8.E5M2) != x.to(torch.float8_e5m2).view(torch.uint8)
+    assert differs.any() and (x[differs].abs() > fp8.E5M2.max).all()
+    assert x[differs].to(torch.float8_e5m2).float().isinf().all()
 
 
 def test_float32_between_two_codes_rounds_as_torch_does():
@@ -40,11 +60,13 @@ def test_float32_between_two_codes_rounds_as_torch_does():
                       torch.cat([x, -x]).to(torch.float8_e4m3fn))
 
 
-def test_codes_survive_a_round_trip():
+@FORMATS
+def test_all_finite_codes_survive_a_round_trip(format, reference):
     codes = torch.arange(256, dtype=torch.uint8)
-    back = fp8.encode(fp8.decode(codes))
-    assert torch.equal(back & 127, codes & 127)
-    assert torch.equal(back[:127], codes[:127]) and torch.equal(back[128:255], codes[128:255])
+    finite = codes.view(reference).float().isfinite()
+    assert torch.equal(fp8.encode(fp8.decode(codes, format), format)[finite], codes[finite])
+    assert fp8.decode(fp8.encode(torch.tensor([torch.inf, -torch.inf]), format), format).tolist() \
+        == [format.max, -format.max]
 
 
 def test_every_module_is_llm_compressors_bit_for_bit(tiny_base, tiny_fp8):
