@@ -175,6 +175,15 @@ def _container_memory() -> float:
     return float("inf") if text == "max" else int(text)
 
 
+def available_ram() -> int:
+    """Bytes of memory that can be had without swapping, within a container's limit (cgroup v2)."""
+    import psutil
+
+    used = Path("/sys/fs/cgroup/memory.current")
+    free = psutil.virtual_memory().available
+    return int(min(free, _container_memory() - int(used.read_text()))) if used.exists() else free
+
+
 def serving_path(machine: Machine) -> ServingPath:
     """How this machine serves FP8: by its best GPU if it has one, else by its CPU.
 
