@@ -119,7 +119,7 @@ def _converter():
 
 
 def _shards(base: Path, partial: Path, names: list[str], converter) -> None:
-    """Write each shard under a passing name, to the disk, and only then under its own."""
+    """Write each shard under a passing name, and under its own when it is on the disk."""
     import torch
     from tqdm.auto import tqdm
 
@@ -132,18 +132,32 @@ def _shards(base: Path, partial: Path, names: list[str], converter) -> None:
     # with random numbers first took a quarter of the time.
     torch.nn.Linear.reset_parameters = lambda module: None
     try:
-        with (ThreadPoolExecutor(workers) as pool,
+        with (ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as finisher,
               tqdm(total=total, unit="B", unit_scale=True, desc="quantizing", leave=False) as bar):
+            finished = []
             for name in names:
-                unfinished = partial / f"{name}.unfinished"
-                with open(unfinished, "wb", buffering=0) as output:
-                    for done in pool.map(_run, _blocks(base / name, output, converter)):
-                        bar.update(done)
-                    os.fsync(output.fileno())
-                unfinished.rename(partial / name)
+                output = open(partial / f"{name}.unfinished", "wb", buffering=0)
+                for done in pool.map(_run, _blocks(base / name, output, converter)):
+                    bar.update(done)
+                # The disk takes this shard while the next one is computed.
+                finished.append(finisher.submit(_finish, output, base / name, partial / name))
+            for shard in finished:
+                shard.result()
     finally:
         torch.set_num_threads(threads)
         torch.nn.Linear.reset_parameters = reset
+
+
+def _finish(output, source: Path, target: Path) -> None:
+    """Put a written shard on the disk, and then under its name.
+
+    The source's pages are given up: it is not read again, and the checksums read the output.
+    """
+    with output:
+        os.fsync(output.fileno())
+    Path(output.name).rename(target)
+    with open(source, "rb") as done:
+        os.posix_fadvise(done.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _run(block: Block) -> int:
