@@ -33,7 +33,7 @@ lab: setup  ## open the notebooks in JupyterLab
 test: setup  ## every test, and every notebook
 	@.venv/bin/python scripts/run_tests.py
 
-full-size: setup  ## quantize a random checkpoint of Phi-4's size (59 GB of disk), and time it
+full-size: setup  ## quantize a random checkpoint of Phi-4's size (45 GB of disk), and time it
 	@PYTHONPATH=. .venv/bin/python scripts/full_size.py
 
 test-gpu: setup  ## the checks that need a GPU; each says why where it cannot run

@@ -132,11 +132,13 @@ def _shards(base: Path, partial: Path, names: list[str], converter) -> None:
     # with random numbers first took a quarter of the time.
     torch.nn.Linear.reset_parameters = lambda module: None
     try:
-        with (ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as finisher,
+        with (contextlib.ExitStack() as opened, ThreadPoolExecutor(workers) as pool,
+              ThreadPoolExecutor(1) as finisher,
               tqdm(total=total, unit="B", unit_scale=True, desc="quantizing", leave=False) as bar):
             finished = []
             for name in names:
-                output = open(partial / f"{name}.unfinished", "wb", buffering=0)
+                output = opened.enter_context(
+                    open(partial / f"{name}.unfinished", "wb", buffering=0))
                 for done in pool.map(_run, _blocks(base / name, output, converter)):
                     bar.update(done)
                 # The disk takes this shard while the next one is computed.
