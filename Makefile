@@ -9,10 +9,10 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export VLLM_NO_USAGE_STATS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup preflight run lab test lint notebooks lock clean
+.PHONY: help setup preflight run lab test lint notebooks full-size test-gpu lock clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup:  ## make the two environments, if they are not there
 	@command -v $(PYTHON) >/dev/null || { echo "No Python was found. Install Python 3.11 or newer \
@@ -32,6 +32,12 @@ lab: setup  ## open the notebooks in JupyterLab
 
 test: setup  ## every test, and every notebook
 	@.venv/bin/python scripts/run_tests.py
+
+full-size: setup  ## quantize a random checkpoint of Phi-4's size (45 GB of disk), and time it
+	@PYTHONPATH=. .venv/bin/python scripts/full_size.py
+
+test-gpu: setup  ## the checks that need a GPU; each says why where it cannot run
+	@.venv/bin/python -m pytest -rs tests/gpu
 
 lint: setup  ## ruff
 	@.venv/bin/ruff check .

@@ -1,5 +1,6 @@
 """What this machine is, and which way of serving FP8 it gets."""
 
+import contextlib
 import os
 import platform
 import shutil
@@ -99,17 +100,41 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
         driver = pynvml.nvmlSystemGetDriverVersion()
         devices = [pynvml.nvmlDeviceGetHandleByIndex(i)
                    for i in range(pynvml.nvmlDeviceGetCount())]
-        gpus = [Gpu(index, pynvml.nvmlDeviceGetName(device),
-                    pynvml.nvmlDeviceGetMemoryInfo(device).total,
-                    tuple(pynvml.nvmlDeviceGetCudaComputeCapability(device)), driver)
-                for index, device in enumerate(devices)]
-        uuids = [pynvml.nvmlDeviceGetUUID(device) for device in devices]
+        gpus, uuids = [], []
+        for index, device in enumerate(devices):
+            capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(device))
+            # Of a GPU cut into MIG slices, CUDA sees the slices, each with its part of the memory.
+            for part in _mig_slices(device) or [device]:
+                gpus.append(Gpu(index, pynvml.nvmlDeviceGetName(part),
+                                pynvml.nvmlDeviceGetMemoryInfo(part).total, capability, driver))
+                uuids.append(pynvml.nvmlDeviceGetUUID(part))
     finally:
         pynvml.nvmlShutdown()
     setting = os.environ.get("CUDA_VISIBLE_DEVICES")
     seen = tuple(gpus[i] for i in visible(uuids, setting))
     hidden = len(gpus) - len(seen)
-    return seen, f"CUDA_VISIBLE_DEVICES={setting!r} hides {hidden} GPU(s)" if hidden else ""
+    notes = [f"CUDA_VISIBLE_DEVICES={setting!r} hides {hidden} GPU(s)"] if hidden else []
+    if len({(gpu.name, gpu.memory_bytes) for gpu in seen}) > 1:
+        best = max(seen, key=lambda g: (g.compute_capability, g.memory_bytes))
+        notes.append(f"the GPUs differ, and this plan is for the {best.name}: set CUDA_DEVICE_ORDER"
+                     f"=PCI_BUS_ID and CUDA_VISIBLE_DEVICES={best.index} so that vLLM takes it")
+    return seen, "; ".join(notes)
+
+
+def _mig_slices(device) -> list:
+    """NVML's handles of the MIG slices of a GPU; none where it is whole."""
+    import pynvml
+
+    try:
+        if pynvml.nvmlDeviceGetMigMode(device)[0] != pynvml.NVML_DEVICE_MIG_ENABLE:
+            return []
+        slices = []
+        for index in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(device)):
+            with contextlib.suppress(pynvml.NVMLError_NotFound):  # a place without a slice
+                slices.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(device, index))
+        return slices
+    except pynvml.NVMLError_NotSupported:
+        return []
 
 
 def energy_joules() -> float | None:
@@ -175,14 +200,27 @@ def _container_memory() -> float:
     return float("inf") if text == "max" else int(text)
 
 
+def available_ram() -> int:
+    """Bytes of memory that can be had without swapping, within a container's limit (cgroup v2)."""
+    import psutil
+
+    used = Path("/sys/fs/cgroup/memory.current")
+    free = psutil.virtual_memory().available
+    return int(min(free, _container_memory() - int(used.read_text()))) if used.exists() else free
+
+
+def best_gpu(machine: Machine) -> Gpu:
+    """The GPU of newest compute capability, and among those the one with most memory."""
+    return max(machine.gpus, key=lambda g: (g.compute_capability, g.memory_bytes))
+
+
 def serving_path(machine: Machine) -> ServingPath:
     """How this machine serves FP8: by its best GPU if it has one, else by its CPU.
 
     Thresholds: vLLM's documentation of FP8 W8A8 and of Marlin's FP8 W8A16.
     """
     if machine.gpus:
-        gpu = max(machine.gpus, key=lambda g: (g.compute_capability, g.memory_bytes))
-        return gpu_path(gpu)
+        return gpu_path(best_gpu(machine))
     matrix = sorted(machine.cpu_features & BF16_FEATURES)
     if matrix:
         return ServingPath(

@@ -1,5 +1,6 @@
 """The models this workbook knows, which of them fits this machine, and how each is obtained."""
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from math import prod
 from pathlib import Path
 
 from helpers import WorkbookError, checkpoint, workspace
-from helpers.hardware import Machine, serving_path
+from helpers.hardware import Machine, best_gpu, serving_path
 
 VARIABLE = "PHI4_FP8_PROFILE"
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.json", "LICENSE*"]
@@ -125,15 +126,21 @@ def choose(machine: Machine, name: str | None = None) -> Profile:
 
 
 def memory(machine: Machine) -> int:
-    """Bytes that weights can be put in: of the largest GPU, or the RAM where there is none."""
+    """Bytes that weights can be put in: of the GPU that is used, or the RAM where none is."""
     if serving_path(machine).device == "cuda":
-        return max(gpu.memory_bytes for gpu in machine.gpus)
+        return best_gpu(machine).memory_bytes
     return machine.ram_bytes
 
 
 def fits(weights: int, machine: Machine) -> bool:
     """Whether `weights` bytes can be served on `machine`, with 15 % for everything else."""
     return weights * HEADROOM <= memory(machine)
+
+
+def arms(profile: Profile, machine: Machine) -> tuple[str, ...]:
+    """Which of "bf16" and "fp8" the machine can serve: FP8 alone where bf16 is too large."""
+    sizes = {"bf16": profile.bf16_bytes, "fp8": profile.fp8_bytes}
+    return tuple(arm for arm, nbytes in sizes.items() if fits(nbytes, machine))
 
 
 def _require_fit(profile: Profile, machine: Machine) -> None:
@@ -159,18 +166,18 @@ def obtain(profile: Profile) -> Path:
 
 
 def _download(profile: Profile) -> Path:
-    from httpx import HTTPError
+    import httpx
     from huggingface_hub import constants, errors, snapshot_download
 
     what = {"repo_id": profile.repo, "revision": profile.revision, "allow_patterns": HUB_FILES}
     try:
         return Path(snapshot_download(**what, local_files_only=True))
-    except errors.LocalEntryNotFoundError:
+    except (errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError):
         pass  # not in the cache, or not all of it
     workspace.require_disk(Path(constants.HF_HUB_CACHE), profile.bf16_bytes,
                            f"Downloading {profile.repo}")
     try:
-        return Path(snapshot_download(**what))
+        snapshot = Path(snapshot_download(**what))
     except errors.GatedRepoError as error:
         raise _unobtainable(profile, "its owner asks for an agreement first",
                             "accept it on the model's page and run `hf auth login`") from error
@@ -178,9 +185,53 @@ def _download(profile: Profile) -> Path:
         raise _unobtainable(profile, "the hub does not know it",
                             "check HF_ENDPOINT, and HF_TOKEN if it is private") from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled,
-            HTTPError, OSError) as error:
-        raise _unobtainable(profile, f"the hub did not answer ({type(error).__name__})",
-                            "check the network (and HF_ENDPOINT, HF_HUB_OFFLINE)") from error
+            httpx.HTTPError, OSError) as error:
+        raise _unobtainable(profile, *_why(error)) from error
+    _check_sums(profile, snapshot)
+    return snapshot
+
+
+def _why(error: BaseException) -> tuple[str, str]:
+    """What went wrong on the way, and the remedy; the client wraps the first cause in others."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    if any(workspace.is_full_disk(each) for each in chain):
+        return "the disk is full", "free some space, or set HF_HOME to a folder on a larger disk"
+    for each in chain:
+        status = getattr(getattr(each, "response", None), "status_code", None)
+        if status == 429:
+            return ("the hub asks for a pause (HTTP 429)",
+                    "wait some minutes, or run `hf auth login`, which raises the limit")
+        if status is not None:
+            return f"the hub answered HTTP {status}", "try again later, and check HF_ENDPOINT"
+    return (f"the hub did not answer, or stopped half-way ({type(error).__name__})",
+            "check the network (and HF_ENDPOINT, HF_HUB_OFFLINE)")
+
+
+def _check_sums(profile: Profile, snapshot: Path) -> None:
+    """Hold every file to the sum that names it in the cache; one that differs is removed.
+
+    The client compares sizes only. A blob is named by its SHA-256 (large files) or by its git
+    object id, SHA-1 of "blob", size and content (small ones). Source: the hub's ETag headers.
+    """
+    wrong = []
+    for file in sorted(snapshot.rglob("*")):
+        if not file.is_symlink():
+            continue
+        blob = file.resolve()
+        if len(blob.name) == 64:
+            found = workspace.sha256(blob)
+        else:
+            content = blob.read_bytes()
+            found = hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
+        if found != blob.name:
+            wrong.append(file.name)
+            blob.unlink()
+            file.unlink()
+    if wrong:
+        raise _unobtainable(profile, f"{', '.join(wrong)} arrived damaged (its checksum differs) "
+                            "and has been removed", "run this again; only that is fetched anew")
 
 
 def _unobtainable(profile: Profile, why: str, remedy: str) -> WorkbookError:

@@ -5,19 +5,31 @@ import io
 import os
 import shutil
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import WorkbookError, checkpoint, workspace
+from helpers import WorkbookError, checkpoint, hardware, streaming, workspace
 from helpers.models import Profile
 
 # Beside the weights and config, which save_pretrained writes.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "merges.txt",
                    "vocab.json", "LICENSE*")
 
+# The bf16 weights, and what saving them needs besides: the codes are written beside the weights.
+ONESHOT_MEMORY = 1.6
+
 # Both libraries read this when they are first imported. Their logs would bury the notebook's own
 # words; what went wrong still arrives as an exception.
 os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
 os.environ.setdefault("COMPRESSED_TENSORS_LOG_DISABLED", "true")
+
+
+@dataclass(frozen=True)
+class Route:
+    """Whether the shards are streamed, and the sentence that says why or why not."""
+
+    streams: bool
+    why: str
 
 
 def recipe():
@@ -45,9 +57,34 @@ def fp8_checkpoint(profile: Profile, base: Path) -> Path:
         except WorkbookError as damage:
             print(f"{damage.what} It is made again.")
     print(f"Quantizing {profile.title} ({profile.bf16_bytes / 1e9:.2g} GB) to FP8 ...")
-    save(quantized(base), base, place)
+    way = route(base)
+    print(way.why)
+    if way.streams:
+        stream(base, place)
+    else:
+        save(quantized(base), base, place)
     checkpoint.verify_fp8(base, place)
     return place
+
+
+def route(base: Path, available: int | None = None) -> Route:
+    """Whether `oneshot` can hold the model of `base`, or its shards have to be streamed.
+
+    `available`: bytes of memory that can still be had; looked up where it is None.
+    """
+    weights = checkpoint.total_bytes(checkpoint.census(base))
+    available = hardware.available_ram() if available is None else available
+    needed = weights * ONESHOT_MEMORY
+    numbers = f"{needed / 1e9:.3g} GB for oneshot, {available / 1e9:.3g} GB of RAM free"
+    if needed > available:
+        return Route(True, f"{numbers}: the model does not fit, so its shards are streamed.")
+    return Route(False, f"{numbers}: the model fits, so it is loaded and quantized in place.")
+
+
+def stream(base: Path, place: Path) -> Path:
+    """Quantize `base` into `place` without loading the model; see `helpers.streaming`."""
+    with quiet():
+        return streaming.stream(base, place, TOKENIZER_FILES)
 
 
 def quantized(base: Path):

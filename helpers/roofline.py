@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from helpers import checkpoint, hardware, workspace
+from helpers import WorkbookError, checkpoint, hardware, workspace
 from helpers.checkpoint import TensorInfo
 from helpers.hardware import Gpu, Machine
 
@@ -76,12 +76,80 @@ def kv_bytes_per_token(config: dict) -> int:
     return 2 * 2 * config["num_key_value_heads"] * head * config["num_hidden_layers"]
 
 
+@dataclass(frozen=True)
+class Budget:
+    """How a server's memory divides: bytes, tokens of context, sequences at once, tokens/s.
+
+    `left` is what the weights leave of the memory that vLLM may take. It is an upper bound for the
+    KV cache, since activations and the driver's own memory come off it; negative where the weights
+    alone are too large. `ceiling` is one stream's decoding.
+    """
+
+    weights: int
+    left: int
+    tokens: int
+    context: int
+    concurrency: int
+    ceiling: float
+
+
+def budget(config: dict, arm: str, memory_bytes: int, bytes_per_s: float,
+           utilization: float = 0.90) -> Budget:
+    """What serving a config in "bf16" or "fp8" takes of a memory, and what it leaves.
+
+    `utilization`: the share that vLLM takes, its `--gpu-memory-utilization`. Tokens are `left` over
+    `kv_bytes_per_token`, as vLLM counts them; `context` is the longest sequence, and `concurrency`
+    the sequences of the model's full context that fit at once.
+    """
+    planned = tensors(config)
+    weights = checkpoint.total_bytes(
+        checkpoint.predict_fp8(planned) if arm == "fp8" else planned)
+    left = int(memory_bytes * utilization) - weights
+    tokens = kv_tokens(config, max(0, left))
+    longest = config["max_position_embeddings"]
+    return Budget(weights, left, tokens, min(tokens, longest), tokens // longest,
+                  bytes_per_s / decode_bytes(config, arm) if tokens else 0.0)
+
+
+def kv_tokens(config: dict, nbytes: int) -> int:
+    """Tokens of context that `nbytes` of 16-bit KV cache hold."""
+    return nbytes // kv_bytes_per_token(config)
+
+
+def fits_table(config: dict, name: str):
+    """What fits on one GPU of `data/gpus.json`: a DataFrame with the arms bf16 and FP8 as columns.
+
+    `name` is the list's own; raises `WorkbookError` for another.
+    """
+    import pandas as pd
+
+    known = {gpu["name"]: gpu for gpu in gpus()}
+    if name not in known:
+        raise WorkbookError(f"{name!r} is not in data/gpus.json.",
+                            "Memory and bandwidth are read from that list.",
+                            f"Choose one of {', '.join(known)}.")
+    gpu = known[name]
+    columns = {}
+    for arm, title in (("bf16", "bf16"), ("fp8", "FP8")):
+        found = budget(config, arm, gpu["memory_gb"] * 10**9, gpu["bandwidth_gb_s"] * 1e9)
+        columns[title] = {
+            "weights, GB": f"{found.weights / 1e9:.2f}",
+            "left for the KV cache, GB": f"{found.left / 1e9:.2f}" if found.tokens else "none",
+            "tokens of KV cache": f"{found.tokens:,}",
+            "longest context": f"{found.context:,}",
+            "full contexts at once": f"{found.concurrency}",
+            "one stream's ceiling, tokens/s": f"{found.ceiling:.1f}" if found.tokens else "none",
+        }
+    return pd.DataFrame(columns)
+
+
 def gpus() -> list[dict]:
     """The GPUs of `data/gpus.json`, each with the source of its figures."""
     return json.loads(workspace.data("gpus.json").read_text())
 
 
-def _listed(gpu: dict) -> Gpu:
+def listed(gpu: dict) -> Gpu:
+    """A GPU of `data/gpus.json` as if it were in this machine."""
     return Gpu(0, gpu["nvml_name"], gpu["memory_gb"] * 10**9, tuple(gpu["compute_capability"]), "")
 
 
@@ -97,7 +165,7 @@ def gpu_table(config: dict):
     path = {"gpu-w8a8": "W8A8", "gpu-w8a16": "W8A16", "none": "none"}
     return pd.DataFrame([{
         "GPU": gpu["name"],
-        "path": path[hardware.gpu_path(_listed(gpu)).key],
+        "path": path[hardware.gpu_path(listed(gpu)).key],
         "memory, GB": gpu["memory_gb"], "bandwidth, GB/s": gpu["bandwidth_gb_s"],
         "bf16 ceiling": round(gpu["bandwidth_gb_s"] * 1e9 / bf16, 1),
         "FP8 ceiling": round(gpu["bandwidth_gb_s"] * 1e9 / fp8, 1),

@@ -65,10 +65,10 @@ def building(target: Path, needs_bytes: int = 0) -> Iterator[Path]:
     try:
         yield partial
         write_manifest(partial)
-        _replace(partial, target)
+        replace(partial, target)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if _is_full_disk(error):
+        if is_full_disk(error):
             raise WorkbookError(
                 f"The disk filled up while {target.name} was being written.",
                 "What was written so far has been removed; nothing half-written is left.",
@@ -77,7 +77,7 @@ def building(target: Path, needs_bytes: int = 0) -> Iterator[Path]:
         raise
 
 
-def _is_full_disk(error: BaseException) -> bool:
+def is_full_disk(error: BaseException) -> bool:
     """ENOSPC, EFBIG or EDQUOT, also where a Rust library passes it on as text only."""
     words = ("No space left", "os error 28", "File too large", "os error 27", "quota exceeded")
     return isinstance(error, Exception) and any(word in str(error) for word in words)
@@ -90,7 +90,7 @@ def _remove_leftovers(target: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _replace(partial: Path, target: Path) -> None:
+def replace(partial: Path, target: Path) -> None:
     """Rename `partial` to `target`; an older target is moved aside first and removed after."""
     old = target.parent / f".{target.name}.old-{os.getpid()}"
     if target.exists():

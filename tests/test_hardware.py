@@ -20,6 +20,7 @@ DEVICES = [
     ("Tesla V100-SXM2-16GB", (7, 0), 16, "none"),
     ("Tesla T4", (7, 5), 16, "gpu-w8a16"),
     ("NVIDIA A100-SXM4-80GB", (8, 0), 80, "gpu-w8a16"),
+    ("NVIDIA RTX 6000 Ada Generation", (8, 9), 48, "gpu-w8a8"),
     ("NVIDIA A10", (8, 6), 24, "gpu-w8a16"),
     ("NVIDIA A40", (8, 6), 48, "gpu-w8a16"),
     ("NVIDIA GeForce RTX 3090", (8, 6), 24, "gpu-w8a16"),
@@ -97,6 +98,7 @@ def test_gpus_as_nvml_tells_them(monkeypatch):
         "nvmlDeviceGetMemoryInfo": lambda i: (setattr(memory, "total", cards[i][1]), memory)[1],
         "nvmlDeviceGetCudaComputeCapability": lambda i: list(cards[i][2]),
         "nvmlDeviceGetUUID": lambda i: cards[i][3],
+        "nvmlDeviceGetMigMode": lambda i: [0, 0],
         "nvmlDeviceGetTotalEnergyConsumption": lambda i: [5_000, 7_500][i],
     }
     for name, answer in answers.items():
@@ -104,7 +106,9 @@ def test_gpus_as_nvml_tells_them(monkeypatch):
     t4 = Gpu(1, "Tesla T4", 16_106_127_360, (7, 5), "580.95.05")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found = hardware.detect()
-    assert [g.name for g in found.gpus] == [cards[0][0], cards[1][0]] and found.note == ""
+    assert [g.name for g in found.gpus] == [cards[0][0], cards[1][0]]
+    assert "this plan is for the NVIDIA H100 80GB HBM3" in found.note
+    assert "CUDA_VISIBLE_DEVICES=0" in found.note
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bb")
     found = hardware.detect()
     assert found.gpus == (t4,) and "hides 1 GPU" in found.note
@@ -114,6 +118,35 @@ def test_gpus_as_nvml_tells_them(monkeypatch):
     assert found.gpus == () and "hides 2 GPU" in found.note
     assert hardware.energy_joules() is None
     assert hardware.serving_path(found).device == "cpu"
+
+
+def test_a_gpu_in_mig_slices_is_its_slices(monkeypatch):
+    """As NVML describes an A100 with two slices and a free place; its answers are given here."""
+    import pynvml
+
+    def slice_at(device, place):
+        if place == 1:
+            raise pynvml.NVMLError_NotFound(pynvml.NVML_ERROR_NOT_FOUND)
+        return f"slice {place}"
+
+    memory = type("Memory", (), {"total": 10_468_982_784})
+    answers = {
+        "nvmlInit": lambda: None, "nvmlShutdown": lambda: None,
+        "nvmlSystemGetDriverVersion": lambda: "580.95.05", "nvmlDeviceGetCount": lambda: 1,
+        "nvmlDeviceGetHandleByIndex": lambda i: "whole",
+        "nvmlDeviceGetCudaComputeCapability": lambda i: [8, 0],
+        "nvmlDeviceGetMigMode": lambda i: [1, 1],
+        "nvmlDeviceGetMaxMigDeviceCount": lambda i: 3,
+        "nvmlDeviceGetMigDeviceHandleByIndex": slice_at,
+        "nvmlDeviceGetName": lambda i: f"NVIDIA A100-SXM4-40GB MIG 2g.10gb ({i})",
+        "nvmlDeviceGetMemoryInfo": lambda i: memory, "nvmlDeviceGetUUID": lambda i: f"MIG-{i}",
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(pynvml, name, answer)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-slice 2")
+    (found,) = hardware.detect().gpus
+    assert found.name.endswith("(slice 2)") and found.memory_bytes == 10_468_982_784
+    assert hardware.gpu_path(found).key == "gpu-w8a16"
 
 
 def test_detect_agrees_with_the_system(tmp_path):

@@ -1,12 +1,13 @@
 """Bytes and ceilings, against real headers, Transformers' own model, and the published figures."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import REPO
 
-from helpers import checkpoint, hardware, ledger, models, roofline
+from helpers import WorkbookError, checkpoint, fits, hardware, ledger, models, roofline
 
 PHI4 = roofline.load_config(REPO / "data" / "phi4")
 
@@ -82,3 +83,36 @@ def test_the_measured_bandwidth_of_this_machine_is_one_a_machine_can_have():
     assert found.source.startswith("measured")
     with pytest.raises(AttributeError):
         models.NO_SUCH_NAME  # noqa: B018
+
+
+def test_what_a_24_gb_card_has_left_after_fp8():
+    found = roofline.budget(PHI4, "fp8", 24 * 10**9, 300e9)
+    assert found.weights == 15_691_827_200
+    assert found.left == 21_600_000_000 - 15_691_827_200
+    assert found.tokens == found.left // 204_800 == 28_848
+    assert (found.context, found.concurrency) == (16_384, 1)
+    none = roofline.budget(PHI4, "bf16", 24 * 10**9, 300e9)
+    assert none.left < 0 and (none.tokens, none.ceiling) == (0, 0.0)
+
+
+def test_a_gpu_is_explained_and_an_unknown_one_is_told():
+    assert "FP8 fits and bf16 does not" in fits.explain(PHI4, "L4")
+    assert "Both fit" in fits.explain(PHI4, "A40")
+    assert "Neither" in fits.explain(PHI4, "T4")
+    assert "needs 7.5 or newer" in fits.explain(PHI4, "V100 SXM2 32 GB")
+    with pytest.raises(WorkbookError, match="'A4' is not in data/gpus.json"):
+        fits.explain(PHI4, "A4")
+
+
+def test_the_widget_follows_its_menu():
+    menu, words, _ = fits.explorer().children
+    assert len(menu.options) == len(roofline.gpus())
+    menu.value = "L4"
+    assert "FP8 fits and bf16 does not" in words.value
+
+
+def test_kv_tokens_are_those_that_vllm_reports(fp8_server, tiny_base):
+    """vLLM's own line at start-up, for the 1 GiB of KV cache that the server's flags give it."""
+    reported = re.search(r"KV cache size: ([\d,]+) tokens", fp8_server.log())[1]
+    ours = roofline.kv_tokens(roofline.load_config(tiny_base), 2**30)
+    assert ours == pytest.approx(int(reported.replace(",", "")), rel=0.05)

@@ -1,0 +1,274 @@
+"""FP8_DYNAMIC of a checkpoint larger than memory: LLM Compressor's converter, block by block.
+
+`model_free_ptq` hands whole shards to its converter, so its peak is a shard and its temporaries.
+A per-channel scale depends on one row alone, so here the same converter gets blocks of rows, and
+each result goes to its place in the output file. The files are those of `model_free_ptq`, byte for
+byte (a test compares them).
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from helpers import WorkbookError, checkpoint, workspace
+
+IGNORE = ("lm_head", checkpoint.EMBEDDING)
+# Measured on two cores with 1 MiB of L2 cache each: 16 MiB was the fastest of 1 to 256 MiB.
+BLOCK_BYTES = 16 * 2**20
+SOURCE = "source.json"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of one source tensor, and what takes it to its place in the output."""
+
+    nbytes: int
+    write: Callable[[], None]
+
+
+def stream(base: Path, place: Path, copied: tuple[str, ...]) -> Path:
+    """Quantize the safetensors of `base` into `place`, with the files matching `copied`.
+
+    Memory: some blocks of 16 MiB for each core, whatever the model's size. A run that was killed is
+    taken up at the shard it was at. Returns `place`, whole and with its manifest. Raises
+    `WorkbookError` when the disk is too small, or when another process is at the same work.
+    """
+    partial = place.parent / f".{place.name}.streaming"
+    partial.mkdir(parents=True, exist_ok=True)
+    with _alone(partial):
+        _forget_another_base(base, partial)
+        before = checkpoint.census(base)
+        shards = list(dict.fromkeys(t.file for t in before))
+        for left in partial.glob("*.unfinished"):
+            left.unlink()
+        todo = [shard for shard in shards if not (partial / shard).exists()]
+        if len(todo) < len(shards):
+            print(f"Going on with an interrupted run: {len(shards) - len(todo)} of {len(shards)} "
+                  "shards are there.")
+        needed = sum(t.nbytes for t in checkpoint.predict_fp8(before) if t.file in todo)
+        workspace.require_disk(partial, needed, f"Writing {place.name}")
+        converter = _converter()
+        try:
+            _shards(base, partial, todo, converter)
+        except OSError as error:
+            if not workspace.is_full_disk(error):
+                raise
+            raise WorkbookError(
+                f"The disk filled up while {place.name} was being written.",
+                "The shards that were finished are kept.",
+                "Free some space and run this again; it goes on from there.") from error
+        _describe(base, partial, copied, converter)
+        (partial / SOURCE).unlink()
+        workspace.write_manifest(partial)
+        workspace.replace(partial, place)
+    return place
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold the directory's lock, which the system releases when the process dies."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise WorkbookError(
+            f"Another process is writing {directory}.", "Two would overwrite each other's shards.",
+            "Wait until it is done; the checkpoint is then there.") from None
+    finally:
+        os.close(handle)
+
+
+def _forget_another_base(base: Path, partial: Path) -> None:
+    """Empty `partial` unless it was begun from these very files by this very library."""
+    files = {f.name: [f.stat().st_size, f.stat().st_mtime_ns]
+             for f in sorted(base.glob("*.safetensors"))}
+    source = {"files": files, "ignore": list(IGNORE),
+              **{p: metadata.version(p) for p in ("llmcompressor", "compressed-tensors")}}
+    try:
+        known = json.loads((partial / SOURCE).read_text())
+    except (OSError, ValueError):
+        known = None
+    if known != source:
+        for file in partial.iterdir():
+            file.unlink()
+        workspace.write_json(partial / SOURCE, source)
+
+
+def _converter():
+    """LLM Compressor's converter for FP8_DYNAMIC, its scheme filled in.
+
+    The library writes the format's name into the scheme at the first weight it converts; one
+    without data makes it do so, also where a resumed run has no shard left to convert.
+    """
+    import torch
+    from llmcompressor.entrypoints.model_free import ModelFreePtqConverter
+    from llmcompressor.entrypoints.model_free.validate import validate_config
+
+    converter = ModelFreePtqConverter(validate_config(None, "FP8_DYNAMIC", list(IGNORE)))
+    converter.process({"any.weight": torch.empty(16, 16, dtype=torch.bfloat16, device="meta")})
+    return converter
+
+
+def _shards(base: Path, partial: Path, names: list[str], converter) -> None:
+    """Write each shard under a passing name, and under its own when it is on the disk."""
+    import torch
+    from tqdm.auto import tqdm
+
+    total = sum((base / name).stat().st_size for name in names)
+    # One thread a block and one block more than cores: while one waits for the disk, others compute
+    workers = len(os.sched_getaffinity(0)) + 1
+    threads, reset = torch.get_num_threads(), torch.nn.Linear.reset_parameters
+    torch.set_num_threads(1)
+    # The converter makes a Linear for each block and overwrites its weights at once; filling them
+    # with random numbers first took a quarter of the time.
+    torch.nn.Linear.reset_parameters = lambda module: None
+    try:
+        with (contextlib.ExitStack() as opened, ThreadPoolExecutor(workers) as pool,
+              ThreadPoolExecutor(1) as finisher,
+              tqdm(total=total, unit="B", unit_scale=True, desc="quantizing", leave=False) as bar):
+            finished = []
+            for name in names:
+                output = opened.enter_context(
+                    open(partial / f"{name}.unfinished", "wb", buffering=0))
+                for done in pool.map(_run, _blocks(base / name, output, converter)):
+                    bar.update(done)
+                # The disk takes this shard while the next one is computed.
+                finished.append(finisher.submit(_finish, output, base / name, partial / name))
+            for shard in finished:
+                shard.result()
+    finally:
+        torch.set_num_threads(threads)
+        torch.nn.Linear.reset_parameters = reset
+
+
+def _finish(output, source: Path, target: Path) -> None:
+    """Put a written shard on the disk, and then under its name.
+
+    The source's pages are given up: it is not read again, and the checksums read the output.
+    """
+    with output:
+        os.fsync(output.fileno())
+    Path(output.name).rename(target)
+    with open(source, "rb") as done:
+        os.posix_fadvise(done.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _run(block: Block) -> int:
+    block.write()
+    return block.nbytes
+
+
+def _blocks(source: Path, output, converter) -> list[Block]:
+    """Write the output's header; return the blocks that fill in the data."""
+    import torch
+
+    before = checkpoint.read_header(source)
+    starts = checkpoint.data_offsets(source)
+    made = {t.name: converter.process({t.name: torch.empty(
+        t.shape, dtype=_torch_dtype(t.dtype), device="meta")}) for t in before}
+    places = _write_header(output, {n: x for each in made.values() for n, x in each.items()})
+    blocks = []
+    for tensor in before:
+        if len(made[tensor.name]) == 1:  # not a target: its bytes are copied
+            for first in range(0, tensor.nbytes, BLOCK_BYTES):
+                size = min(BLOCK_BYTES, tensor.nbytes - first)
+                blocks.append(_copied(source, starts[tensor.name] + first, size, output,
+                                      places[tensor.name] + first))
+            continue
+        row = tensor.nbytes // tensor.shape[0]
+        rows = max(1, BLOCK_BYTES // row)
+        for first in range(0, tensor.shape[0], rows):
+            count = min(rows, tensor.shape[0] - first)
+            blocks.append(_quantized(source, starts[tensor.name], tensor, first, count, output,
+                                     places, converter))
+    return blocks
+
+
+def _copied(source: Path, start: int, size: int, output, at: int) -> Block:
+    return Block(size, lambda: _write(output, _read(source, start, size), at))
+
+
+def _quantized(source, start, tensor, first, count, output, places, converter) -> Block:
+    import torch
+
+    row = tensor.nbytes // tensor.shape[0]
+
+    def write() -> None:
+        data = _read(source, start + first * row, count * row)
+        weight = torch.from_numpy(data).view(_torch_dtype(tensor.dtype)).reshape(count, -1)
+        for name, part in converter.process({tensor.name: weight}).items():
+            # Weight and scale both have the output channels as rows.
+            data = part.contiguous().view(torch.uint8).numpy().reshape(-1)
+            _write(output, data, places[name] + first * (data.nbytes // count))
+
+    return Block(count * row, write)
+
+
+def _read(source: Path, start: int, size: int):
+    """Bytes of a file as a uint8 array; read, not mapped, so that no file is held in memory."""
+    import numpy as np
+
+    return np.fromfile(source, np.uint8, size, offset=start)
+
+
+def _write(output, data, at: int) -> None:
+    rest = memoryview(data)
+    while rest:  # a write near the end of the disk's space can be short; the next one raises
+        written = os.pwrite(output.fileno(), rest, at)
+        rest, at = rest[written:], at + written
+
+
+def _write_header(output, tensors: dict) -> dict[str, int]:
+    """Write a safetensors header for these (meta) tensors; return where each one's data begins.
+
+    Order and padding are those of safetensors' own writer: larger types first, then by name; the
+    header padded with spaces to eight bytes.
+    """
+    names = {_torch_dtype(name): name for name in ("BF16", "F16", "F32", "F8_E4M3")}
+    header, end = {}, 0
+    for name, tensor in sorted(tensors.items(), key=lambda t: (-t[1].element_size(), t[0])):
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    output.write(struct.pack("<Q", len(text)) + text)
+    os.ftruncate(output.fileno(), 8 + len(text) + end)
+    return {name: 8 + len(text) + e["data_offsets"][0] for name, e in header.items()}
+
+
+def _torch_dtype(name: str):
+    """torch's type for one of safetensors' names; a checkpoint of another type is refused."""
+    import torch
+
+    types = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32,
+             "F8_E4M3": torch.float8_e4m3fn}
+    if name not in types:
+        raise WorkbookError(f"The checkpoint holds tensors of type {name}.",
+                            "FP8_DYNAMIC starts from 16-bit or 32-bit floating point.",
+                            "Name a directory with the model's bf16 weights.")
+    return types[name]
+
+
+def _describe(base: Path, partial: Path, copied: tuple[str, ...], converter) -> None:
+    """The files beside the weights: those of the base, and the library's own config and index."""
+    from compressed_tensors.utils.safetensors_load import update_safetensors_index
+    from llmcompressor.entrypoints.model_free.save_utils import update_config
+
+    for pattern in ("config.json", "generation_config.json", *copied):
+        for file in base.glob(pattern):
+            shutil.copyfile(file, partial / file.name)
+    update_config(partial, converter.config)
+    tensors = [t for file in sorted(partial.glob("*.safetensors"))
+               for t in checkpoint.read_header(file)]
+    update_safetensors_index(partial, checkpoint.total_bytes(tensors),
+                             {t.name: t.file for t in tensors})

@@ -1,0 +1,91 @@
+"""The artefacts are valid and hold no secret; vLLM's own parser takes their flags."""
+
+import json
+import os
+import shlex
+import subprocess
+
+import pytest
+import yaml
+from conftest import REPO
+
+from helpers import deployment, roofline, serving
+
+PHI4 = roofline.load_config(REPO / "data" / "phi4")
+
+
+@pytest.fixture
+def own(tiny_base):
+    return deployment.Deployment(tiny_base, "mine", 2048, 7_000_000)
+
+
+FROM_HUB = deployment.Deployment("me/phi-4-fp8", "phi-4-fp8", 16384, 15_691_827_200, gpus=2)
+
+
+def ask_vllm(commands: list[list[str]]) -> list[dict]:
+    environment = os.environ | serving.ENVIRONMENT
+    done = subprocess.run(
+        [serving.serve_python(), REPO / "tests" / "serve_side" / "parse_flags.py"], text=True,
+        input="".join(json.dumps(c) + "\n" for c in commands), capture_output=True,
+        env=environment, cwd=REPO)
+    answers = [json.loads(line.removeprefix("ANSWER "))
+               for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+    assert len(answers) == len(commands), done.stderr[-2000:]
+    return answers
+
+
+def test_the_image_is_of_the_version_that_is_tested():
+    assert f"vllm=={deployment.IMAGE.rpartition(':v')[2]}\n" in (
+        REPO / "requirements-serve.txt").read_text()
+
+
+def test_the_docker_line_mounts_the_checkpoint_and_binds_to_this_machine(own, tiny_base):
+    words = shlex.split(deployment.docker_run(own))
+    assert f"{tiny_base}:/model:ro" in words and "127.0.0.1:8000:8000" in words
+    assert words[words.index("-e") + 1] == "VLLM_API_KEY"  # its name; the value stays outside
+    assert words[words.index(deployment.IMAGE) + 1:] == ["serve", *deployment.arguments(own)]
+
+
+def test_the_compose_file_is_yaml_with_a_health_check_and_a_key_from_outside(own):
+    for each, volumes in ((own, False), (FROM_HUB, True)):
+        file = yaml.safe_load(deployment.compose(each))
+        service = file["services"]["vllm"]
+        assert service["command"] == deployment.arguments(each)
+        assert service["environment"]["VLLM_API_KEY"].startswith("${VLLM_API_KEY:?")
+        assert "/health" in service["healthcheck"]["test"][-1]
+        compile(service["healthcheck"]["test"][-1], "health", "exec")
+        assert ("volumes" in file) == volumes
+        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+        assert device["count"] == each.gpus
+
+
+def test_the_runpod_template_has_the_fields_of_its_api_and_room_for_the_weights():
+    template = json.loads(deployment.runpod_template(FROM_HUB))
+    assert template["dockerStartCmd"] == deployment.arguments(FROM_HUB)
+    assert template["ports"] == ["8000/http"] and template["volumeInGb"] == 21
+    known = {"name", "imageName", "category", "dockerEntrypoint", "dockerStartCmd", "env", "ports",
+             "containerDiskInGb", "volumeInGb", "volumeMountPath", "isPublic", "isServerless"}
+    assert template.keys() <= known and {"name", "imageName"} <= template.keys()
+    assert "RUNPOD_SECRET_" in template["env"]["VLLM_API_KEY"] and not template["isPublic"]
+
+
+def test_phi4_divides_over_1_2_5_and_10_gpus():
+    assert deployment.tensor_parallel_sizes(PHI4) == [1, 2, 5, 10]
+
+
+def test_vllms_own_parser_takes_every_command(own, tiny_base):
+    """Phi-4 by its config alone: parsing and vLLM's check of the sizes need no weights."""
+    phi4 = str(REPO / "data" / "phi4")
+    commands = [[str(tiny_base), *deployment.arguments(own)[1:]]]
+    for machines in deployment.beyond_one_gpu(phi4).values():
+        commands += [machine[2:] for machine in machines if "--headless" not in machine]
+    commands += [[phi4, "--tensor-parallel-sise", "2"], [phi4, "--tensor-parallel-size", "3"]]
+    *taken, misspelt, three = ask_vllm(commands)
+    assert "refused" in misspelt
+    assert "(40) must be divisible by tensor parallel size (3)" in three["refused"]
+    assert taken[0] == {"tp": 1, "pp": 1, "dp": 1, "host": "0.0.0.0", "port": 8000,
+                        "max_model_len": 2048, "name": ["mine"]}
+    over_ray = taken.pop()  # Ray is not part of the serving environment on a CPU
+    assert over_ray.get("pp") == 8 or "Failed to import Ray" in over_ray["refused"]
+    sizes = [(each["tp"], each["pp"], each["dp"]) for each in taken[1:]]
+    assert sizes == [(2, 1, 1), (1, 1, 2), (2, 4, 1), (2, 1, 4), (2, 1, 8)]

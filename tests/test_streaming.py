@@ -1,0 +1,210 @@
+"""Streaming against `model_free_ptq` and `oneshot`, byte for byte; killed, disturbed, at size."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO
+from safetensors.torch import load_file, save_file
+
+from helpers import WorkbookError, checkpoint, models, quantize, roofline, workspace
+
+sys.path.insert(0, str(REPO / "scripts"))
+import full_size  # noqa: E402
+
+CONFIG = full_size.scaled(roofline.load_config(REPO / "data" / "phi4"), 100)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory, tiny_base) -> Path:
+    """The bundled model in three shards, its tensors dealt out in turn."""
+    base = tmp_path_factory.mktemp("sharded")
+    tensors = load_file(tiny_base / "model.safetensors")
+    names = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
+    weight_map = {tensor: names[i % 3] for i, tensor in enumerate(sorted(tensors))}
+    for name in names:
+        save_file({t: tensors[t] for t, n in weight_map.items() if n == name}, base / name)
+    (base / "model.safetensors.index.json").write_text(json.dumps(
+        {"metadata": {"total_size": 0}, "weight_map": weight_map}))
+    (base / "config.json").write_bytes((tiny_base / "config.json").read_bytes())
+    return base
+
+
+def model_free(base: Path, place: Path, ignore: list[str]) -> Path:
+    from llmcompressor import model_free_ptq
+
+    model_free_ptq(base, place, scheme="FP8_DYNAMIC", ignore=ignore, device="cpu")
+    return place
+
+
+def test_the_files_are_those_of_model_free_ptq_byte_for_byte(sharded, tmp_path):
+    theirs = model_free(sharded, tmp_path / "theirs", ["lm_head", checkpoint.EMBEDDING])
+    ours = quantize.stream(sharded, tmp_path / "ours")
+    workspace.verify(ours)
+    names = {file.name for file in theirs.iterdir()}
+    assert len(names) == 5 and names == {f.name for f in ours.iterdir()} - {workspace.MANIFEST}
+    for name in names:
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+
+
+def test_a_block_of_one_row_makes_the_same_bytes(sharded, tmp_path, monkeypatch):
+    from helpers import streaming
+
+    whole = quantize.stream(sharded, tmp_path / "whole")
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", 100_001)  # of no row's size, and a ragged end
+    cut = quantize.stream(sharded, tmp_path / "cut")
+    assert workspace.fingerprint(cut) == workspace.fingerprint(whole)
+
+
+def test_the_tensors_are_oneshots_to_the_bit(tiny_base, tiny_fp8, tmp_path):
+    made = quantize.stream(tiny_base, tmp_path / "made")
+    ours, theirs = (load_file(d / "model.safetensors") for d in (made, tiny_fp8))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype
+        assert torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8)), name
+    assert checkpoint.verify_fp8(tiny_base, made).ignored == ("lm_head",)
+    assert scheme(made) == scheme(tiny_fp8)
+
+
+def scheme(place: Path) -> dict:
+    """What vLLM reads of a checkpoint's scheme; the rest says how the scales were found."""
+    (group,) = json.loads((place / "config.json").read_text())["quantization_config"][
+        "config_groups"].values()
+    read = ("num_bits", "type", "strategy", "symmetric", "dynamic")
+    return {part: {key: group[part][key] for key in read}
+            for part in ("weights", "input_activations")} | {"targets": group["targets"]}
+
+
+def test_an_embedding_that_was_not_ignored_is_found_out(sharded, tmp_path):
+    wrong = model_free(sharded, tmp_path / "wrong", ["lm_head"])
+    with pytest.raises(WorkbookError, match="model.embed_tokens"):
+        checkpoint.verify_fp8(sharded, wrong)
+
+
+def test_the_way_is_chosen_by_the_memory_that_is_free(tiny_base):
+    weights = models.tiny().bf16_bytes
+    assert not quantize.route(tiny_base, 2 * weights).streams
+    small = quantize.route(tiny_base, weights)
+    assert small.streams and "the model does not fit, so its shards are streamed" in small.why
+
+
+def test_a_model_that_does_not_fit_is_streamed_and_said_so(
+        tmp_workspace, tiny_base, monkeypatch, capsys):
+    from helpers import hardware
+
+    monkeypatch.setattr(hardware, "available_ram", lambda: 1_000_000)
+    place = quantize.fp8_checkpoint(models.tiny(), tiny_base)
+    assert "0.001 GB of RAM free: the model does not fit" in capsys.readouterr().out
+    # oneshot leaves a recipe.yaml; streaming, which loads no model, does not
+    assert not (place / "recipe.yaml").exists()
+
+
+@pytest.fixture(scope="module")
+def hundredth(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("hundredth") / "base"
+    full_size.write_base(base, CONFIG, seed=1)
+    return base
+
+
+def test_a_killed_run_goes_on_at_its_shard_and_ends_with_the_same_bytes(
+        hundredth, tmp_path, capsys):
+    place, partial = tmp_path / "made", tmp_path / ".made.streaming"
+    code = ("import sys; from pathlib import Path; from helpers import quantize\n"
+            "quantize.stream(Path(sys.argv[1]), Path(sys.argv[2]))")
+    running = subprocess.Popen([sys.executable, "-c", code, hundredth, place], cwd=REPO)
+    deadline = time.monotonic() + 120
+    while not (list(partial.glob("*2-of-*.safetensors"))) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    running.send_signal(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL
+    kept = {f.name: f.stat().st_ino for f in partial.glob("*.safetensors")}
+    assert 2 <= len(kept) < full_size.SHARDS and not place.exists()
+
+    quantize.stream(hundredth, place)
+    assert f"{len(kept)} of 6 shards are there" in capsys.readouterr().out
+    assert kept.items() <= {f.name: f.stat().st_ino for f in place.iterdir()}.items()
+    whole = quantize.stream(hundredth, tmp_path / "whole")
+    assert workspace.fingerprint(place) == workspace.fingerprint(whole)
+    assert not partial.exists()
+
+
+def test_what_was_begun_from_another_base_is_not_gone_on_with(sharded, tmp_path, capsys):
+    partial = tmp_path / ".made.streaming"
+    partial.mkdir()
+    (partial / "source.json").write_text("{}")
+    (partial / "model-00001-of-00003.safetensors").write_bytes(b"another model's")
+    made = quantize.stream(sharded, tmp_path / "made")
+    assert checkpoint.verify_fp8(sharded, made).quantized == 16
+    assert "interrupted" not in capsys.readouterr().out
+
+
+def test_two_at_once_is_a_sentence(sharded, tmp_path):
+    from helpers import streaming
+
+    (tmp_path / ".made.streaming").mkdir()
+    with (streaming._alone(tmp_path / ".made.streaming"),
+          pytest.raises(WorkbookError, match="Another process is writing")):
+        quantize.stream(sharded, tmp_path / "made")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_disk_full_half_way_keeps_what_is_done_and_goes_on(sharded, tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk]).returncode:
+        pytest.skip("this container does not allow mounts")
+    try:
+        with pytest.raises(WorkbookError, match="Writing made needs 0.0 GB of disk"):
+            quantize.stream(sharded, disk / "made")
+        with monkeypatch.context() as patch:  # as when somebody takes the space afterwards
+            patch.setattr(workspace, "require_disk", lambda *_: None)
+            with pytest.raises(WorkbookError, match="The disk filled up while made was"):
+                quantize.stream(sharded, disk / "made")
+        subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
+        made = quantize.stream(sharded, disk / "made")
+        assert checkpoint.verify_fp8(sharded, made).quantized == 16
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_the_full_size_proof_at_a_hundredth(tmp_path):
+    result = full_size.measure(tmp_path / "proof", scale=100)
+    planned = roofline.tensors(CONFIG)
+    assert len(planned) == len(roofline.tensors(roofline.load_config(REPO / "data" / "phi4")))
+    assert 29_319_014_400 / 130 < result["bytes bf16"] < 29_319_014_400 / 80
+    assert result["bytes FP8"] == checkpoint.total_bytes(checkpoint.predict_fp8(planned))
+    assert result["modules re-derived"] == 20
+    assert not (tmp_path / "proof").exists()
+
+
+def test_the_proof_finds_one_wrong_code_and_cleans_up(hundredth, tmp_path):
+    made = quantize.stream(hundredth, tmp_path / "made")
+    assert full_size.verify(hundredth, made, CONFIG, seed=3)
+    module = full_size.verify(hundredth, made, CONFIG, seed=3)[0]
+    for file in made.glob("*.safetensors"):
+        at = checkpoint.data_offsets(file).get(f"{module}.weight")
+        if at is not None:
+            with open(file, "r+b") as handle:
+                handle.seek(at)
+                code = handle.read(1)[0]
+                handle.seek(at)
+                handle.write(bytes([code ^ 1]))
+    with pytest.raises(WorkbookError, match="differs from E4M3 arithmetic"):
+        full_size.verify(hundredth, made, CONFIG, seed=3)
+
+
+def test_the_proof_refuses_without_the_disk(tmp_path, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=45_000_000_000))
+    with pytest.raises(WorkbookError, match="45.1 GB of disk .* and 45.0 GB are free"):
+        full_size.measure(tmp_path / "proof")
+    assert not (tmp_path / "proof").exists()
