@@ -67,19 +67,20 @@ class Course:
         if not lacking:
             return
         print(f"Not in the ledger yet: {', '.join(lacking)}. Measuring now, a few minutes.")
-        arms = {"bf16": self.base(), "fp8": self.fp8()}
         if "gsm8k" in lacking:
-            self._measure_gsm8k(arms)
+            self.measure_gsm8k()
         if "throughput" in lacking:
-            self._measure_throughput(arms)
+            self._measure_throughput({"bf16": self.base(), "fp8": self.fp8()})
 
-    def _measure_gsm8k(self, arms: dict[str, Path]) -> None:
-        flags = serving.default_flags(self.profile, self.path)
-        for arm, model in arms.items():
+    def measure_gsm8k(self, limit: int | None = GSM8K_ROWS) -> dict[str, evaluation.Evaluation]:
+        """Both arms on the first `limit` rows, or on all for None, into the ledger; by arm."""
+        flags, scores = serving.default_flags(self.profile, self.path), {}
+        for arm, model in {"bf16": self.base(), "fp8": self.fp8()}.items():
             with serving.VllmServer(model, flags) as server:
-                score = evaluation.run(server, self.profile, arm, limit=GSM8K_ROWS)
+                scores[arm] = evaluation.run(server, self.profile, arm, limit=limit)
                 self.record("gsm8k", arm, model, kernel=server.kernel,
-                            **evaluation.ledger_row(score))
+                            **evaluation.ledger_row(scores[arm], scores["bf16"]))
+        return scores
 
     def _measure_throughput(self, arms: dict[str, Path]) -> None:
         work = {1: throughput.benchmark_flags(OUTPUT_TOKENS, concurrency=1, prompts=1)}

@@ -382,18 +382,23 @@ def run(server, profile, arm: str, limit: int | None = 100, **protocol) -> Evalu
     return collect(results, arm)
 
 
-def ledger_row(evaluation: Evaluation) -> dict:
+def ledger_row(evaluation: Evaluation, base: Evaluation | None = None) -> dict:
     """`work` and `metrics` of an evaluation, as the ledger keeps them.
 
-    `metrics`: by filter exact_match and, with `_stderr` after the name, its standard error.
+    `metrics`: by filter exact_match and, with `_stderr` after the name, its standard error; and
+    where `base` is another evaluation of the same items, how many of them were `lost` and `gained`
+    from it, by strict-match.
     """
+    pairs = [] if base in (None, evaluation) else list(
+        zip(correct(base), correct(evaluation), strict=True))
     same = ("version", "num_fewshot", "max_new_tokens", "bos", "chat")
     return {
         "work": {"task": evaluation.task, "limit": evaluation.n,
                  **{key: evaluation.config[key] for key in same}},
         "metrics": {f"{name}{suffix}": value
                     for name, pair in evaluation.results.items()
-                    for suffix, value in zip(("", "_stderr"), pair, strict=True)},
+                    for suffix, value in zip(("", "_stderr"), pair, strict=True)}
+        | ({"lost": pairs.count((1, 0)), "gained": pairs.count((0, 1))} if pairs else {}),
     }
 
 

@@ -111,6 +111,11 @@ def merge(ledgers: list[Path]) -> list[dict]:
     return sorted(rows.values(), key=lambda row: row["time"])
 
 
+def everything() -> list[dict]:
+    """The workspace's rows and those committed under `data/measured`, in order of time."""
+    return merge([default(), *workspace.data("measured").glob("*.jsonl")])
+
+
 def latest(experiment: str, arm: str, profile: str | None = None,
            ledger: Path | None = None) -> dict | None:
     """The newest row of an experiment and arm, of one profile if named; None if there is none."""

@@ -46,8 +46,10 @@ def _latest(rows: list[dict], claim: dict, profile: str | None) -> dict | None:
                if (r["experiment"], r["arm"]) == (claim["experiment"], claim["arm"])
                and profile in (None, r["model"]["profile"])]
     same = [r for r in fitting if _same_work(r, claim)]
-    nearest = [r for r in fitting if r["work"].get("concurrency", 1) == 1]
-    return (same or nearest or [None])[-1]
+    # Else the nearest: one stream, and the number of rows that the claim is of, where it was run.
+    single = [r for r in fitting if r["work"].get("concurrency", 1) == 1]
+    nearest = [r for r in single if r["work"].get("limit") == claim["work"].get("limit")]
+    return (same or nearest or single or [None])[-1]
 
 
 def _same_work(row: dict, claim: dict) -> bool:
@@ -99,16 +101,17 @@ def _verdict(row: dict | None, claim: dict) -> str:
 
 def readme_results() -> str:
     """The README's results as Markdown, from the ledgers committed under `data/measured`."""
-    parts = []
+    machines = {}
     for file in sorted(workspace.data("measured").glob("*.jsonl")):
-        rows = ledger.read(file)
-        hardware, versions = rows[-1]["hardware"], rows[-1]["versions"]
+        hardware, versions = (ledger.read(file)[-1][part] for part in ("hardware", "versions"))
         device = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
-        parts.append(
-            f"On {device} ({rows[-1]['time'][:10]}, vLLM {versions['vllm']}, "
-            f"llmcompressor {versions['llmcompressor']}), from [`{file.name}`](data/measured/"
-            f"{file.name}):\n\n" + measured_beside_published(rows).to_markdown(index=False))
-    return "\n\n".join(parts)
+        title = f"{device} (vLLM {versions['vllm']}, llmcompressor {versions['llmcompressor']})"
+        machines.setdefault(title, []).append(file)
+    return "\n\n".join(
+        f"On {title}, from " + " and ".join(
+            f"[`{file.name}`](data/measured/{file.name})" for file in files) + ":\n\n"
+        + measured_beside_published(ledger.merge(files)).to_markdown(index=False)
+        for title, files in machines.items())
 
 
 def write_readme() -> None:

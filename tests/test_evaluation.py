@@ -229,6 +229,16 @@ def test_the_ledger_row_has_what_a_comparison_needs(score):
     json.dumps(row)
 
 
+def test_the_ledger_row_of_an_arm_counts_what_it_lost_and_gained(score):
+    changed = [dict(item, exact_match=dict(item["exact_match"])) for item in score.samples]
+    for item in changed[:3]:
+        item["exact_match"]["strict-match"] ^= 1
+    were_right = sum(item["exact_match"]["strict-match"] for item in score.samples[:3])
+    metrics = evaluation.ledger_row(replace(score, samples=changed), score)["metrics"]
+    assert (metrics["lost"], metrics["gained"]) == (were_right, 3 - were_right)
+    assert "lost" not in evaluation.ledger_row(score, score)["metrics"]
+
+
 def test_it_runs_beside_a_notebooks_event_loop(bf16_server, tmp_workspace):
     async def cell():
         return evaluation.run(bf16_server, TINY, "bf16", limit=2, concurrency=2)

@@ -48,6 +48,13 @@ def test_other_rows_shots_or_tasks_are_other_work(tmp_path, change):
     assert verdicts(rows)["verdict"] == "not measured here"
 
 
+def test_of_another_experiment_the_rows_of_the_claims_own_number_are_shown(tmp_path):
+    rows = [row(tmp_path, model=models.tiny(), work={"task": "tiny_gsm8k", "limit": limit},
+                **{"strict-match": value}) for limit, value in ((1319, 0.88), (100, 0.89))]
+    full = verdicts(rows, source="GSM8K accuracy, fp8, full test set")
+    assert full["verdict"] == "not measured here" and ", 0.8802 (" in full["measured"]
+
+
 @pytest.mark.parametrize("gpu, verdict", [("NVIDIA A40", "agrees"),
                                           ("NVIDIA H100 80GB HBM3", "not measured here")])
 def test_a_speed_is_compared_on_the_same_gpu_only(tmp_path, gpu, verdict):
