@@ -165,6 +165,17 @@ def published_table(experiment: str | None = None):
     } for row in rows])
 
 
+def benchmark_table():
+    """Microsoft's benchmark table as published: benchmark by model, percent right."""
+    import pandas as pd
+
+    rows = pd.DataFrame([{"benchmark": row["work"]["benchmark"], "model": row["model"],
+                          "value": row["value"]}
+                         for row in published() if row["experiment"] == "benchmark"])
+    return rows.pivot(index="benchmark", columns="model", values="value").loc[
+        rows["benchmark"].unique(), rows["model"].unique()]
+
+
 def _hardware() -> dict:
     machine = hardware.detect()
     return {"gpus": [gpu.name for gpu in machine.gpus], "cpu": machine.cpu_model,

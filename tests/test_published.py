@@ -10,6 +10,8 @@ import jsonschema
 import pytest
 from conftest import REPO
 
+from helpers import ledger
+
 PUBLISHED = REPO / "data" / "published"
 FILES = sorted(PUBLISHED.glob("*.json"))
 ROWS = [row for file in FILES for row in json.loads(file.read_text())]
@@ -60,6 +62,9 @@ def test_the_benchmark_table_is_whole():
     benchmarks, models = {b for b, _ in cells}, {m for _, m in cells}
     assert benchmarks == {"MMLU", "GPQA", "MGSM", "MATH", "HumanEval", "SimpleQA", "DROP"}
     assert len(models) == 7 and len(cells) == 49
+    table = ledger.benchmark_table()
+    assert table.shape == (7, 7) and table.notna().all(axis=None)
+    assert table.loc["SimpleQA", "phi-4 (14B)"] == 3.0
 
 
 def test_lm_eval_has_the_tasks_that_the_readme_names():
@@ -68,6 +73,8 @@ def test_lm_eval_has_the_tasks_that_the_readme_names():
     text = (PUBLISHED / "README.md").read_text()
     named = re.findall(r"^\| \w+ \| `(\w+)` \|", text, flags=re.M)
     assert len(named) == 6
+    notebook = (REPO / "notebooks" / "07_report_and_publish.ipynb").read_text()
+    assert all(f'\\"{name}\\"' in notebook for name in named)
     tasks = Path(lm_eval.tasks.__file__).parent
     folders = [str(tasks / name) for name in
                ("mmlu", "gpqa", "mgsm", "hendrycks_math", "humaneval", "drop")]
