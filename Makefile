@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export VLLM_NO_USAGE_STATS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup preflight run lab test lint notebooks full-size test-gpu lock clean
+.PHONY: help setup preflight run lab test test-smollm2 lint notebooks full-size test-gpu lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ full-size: setup  ## quantize a random checkpoint of Phi-4's size (45 GB of disk
 
 test-gpu: setup  ## the checks that need a GPU; each says why where it cannot run
 	@.venv/bin/python -m pytest -rs tests/gpu
+
+test-smollm2: setup  ## notebooks 01 to 04 on SmolLM2-135M, out of a Python package of 93 MB
+	@.venv/bin/python scripts/run_tests.py smollm2
 
 lint: setup  ## ruff
 	@.venv/bin/ruff check .

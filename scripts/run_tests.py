@@ -1,4 +1,7 @@
-"""Every test and every notebook in one pytest run, in a workspace of its own."""
+"""Every test and every notebook in one pytest run, in a workspace of its own.
+
+With the word `smollm2`: notebooks 01 to 04 on SmolLM2-135M-Instruct, and the tests of its making.
+"""
 
 import os
 import shutil
@@ -86,19 +89,29 @@ def blank_copies(sources: list[Path], folder: Path) -> None:
         nbformat.write(nb, folder / source.name)
 
 
-def main() -> int:
-    workspace, copies = BUILD / "test-workspace", BUILD / "test-notebooks"
-    shutil.rmtree(workspace, ignore_errors=True)
+def run(sources: list[Path], tests: Path, workspace: Path) -> int:
+    """The notebooks in copies of their own, then the tests; pytest's exit code."""
     os.environ["PHI4_FP8_WORKSPACE"] = str(workspace)
-    os.environ.setdefault("PHI4_FP8_PROFILE", "tiny-phi4")
-    sources = notebooks()
+    copies = workspace.with_name(f"{workspace.name}-notebooks")
     blank_copies(sources, copies)
     # The notebooks first: the servers that the tests share would stay up beside them.
     return pytest.main(
-        [str(copies), str(REPO / "tests"), "--nbmake", "--overwrite", f"--nbmake-timeout={LIMIT}",
+        [str(copies), str(tests), "--nbmake", "--overwrite", f"--nbmake-timeout={LIMIT}",
          "--durations=10", "-W", "ignore::pytest.PytestAssertRewriteWarning"],
         plugins=[NotebookRuns([path.name for path in sources])])
 
 
+def main(words: list[str]) -> int:
+    if words == ["smollm2"]:
+        os.environ["PHI4_FP8_PROFILE"] = "smollm2"
+        workspace = BUILD / "smollm2"
+        for made in ("checkpoints", "ledger.jsonl"):  # the model stays: it is fetched once
+            shutil.rmtree(workspace / made, ignore_errors=True)
+        return run(notebooks()[1:5], REPO / "tests" / "smollm2", workspace)
+    os.environ.setdefault("PHI4_FP8_PROFILE", "tiny-phi4")
+    shutil.rmtree(BUILD / "test", ignore_errors=True)
+    return run(notebooks(), REPO / "tests", BUILD / "test")
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

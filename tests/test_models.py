@@ -61,7 +61,7 @@ def test_the_variable_overrides_and_the_argument_overrides_it(monkeypatch):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(WorkbookError, match="phi-4, phi-4-mini, tiny-phi4"):
+    with pytest.raises(WorkbookError, match="phi-4, phi-4-mini, smollm2, tiny-phi4"):
         models.choose(machine(), "phi-5")
 
 

@@ -1,0 +1,74 @@
+"""How far apart a model's channels and tokens lie: what one scale for many values has to bear.
+
+`python -m helpers.outliers` measures the bundled model and SmolLM2 and writes the figures to
+`data/measured/outliers.json`, so that a notebook shows the second where it is not at hand.
+"""
+
+import json
+from importlib import metadata
+from pathlib import Path
+
+from helpers import ablation, checkpoint, models, quantize, workspace
+
+MEASURED = workspace.data("measured", "outliers.json")
+
+
+def text(tokenizer):
+    """The text all models read: the first held-out problem with its answer, int64 [1, tokens]."""
+    with open(workspace.data("tiny_gsm8k", "test.jsonl")) as lines:
+        return ablation.encoded(tokenizer, [json.loads(next(lines))])[0]
+
+
+def table(model, fp8: Path, ids):
+    """Largest over smallest, by module: a DataFrame, index module, in the model's order.
+
+    "weight scales": the largest output channel's scale over the smallest's, from the FP8
+    checkpoint. "tokens": the amax of the loudest token of the module's input over the quietest's.
+    "features": the amax of the input's largest feature over the median feature's.
+    """
+    import pandas as pd
+
+    by_token = ablation.observe(model, ids, lambda x: x.abs().amax(dim=1))
+    by_feature = ablation.observe(model, ids, lambda x: x.abs().amax(dim=0))
+    rows = {}
+    for name, tokens in by_token.items():
+        scales = checkpoint.read_tensor(fp8, f"{name}.weight_scale").float()
+        features = by_feature[name]
+        rows[name.removeprefix("model.layers.")] = {
+            "weight scales": float(scales.max() / scales.min()),
+            "tokens": float(tokens.max() / tokens.min()),
+            "features": float(features.max() / features.median())}
+    return pd.DataFrame(rows).T
+
+
+def measured() -> dict:
+    """The committed figures: model's name to a table as `table` makes it."""
+    import pandas as pd
+
+    kept = json.loads(MEASURED.read_text())
+    return {name: pd.DataFrame(entry["modules"]).T for name, entry in kept["models"].items()}
+
+
+def measure(profile) -> dict:
+    """One model's entry of the file: where it comes from, its FP8 checkpoint, its figures."""
+    base = models.obtain(profile)
+    fp8 = quantize.fp8_checkpoint(profile, base)
+    model, tokenizer = ablation.load(base)
+    found = table(model, fp8, text(tokenizer))
+    return {"repo": profile.repo, "revision": profile.revision,
+            "checkpoint": workspace.fingerprint(fp8),
+            "modules": {name: {column: float(f"{value:.4g}") for column, value in row.items()}
+                        for name, row in found.T.to_dict().items()}}
+
+
+def main() -> None:
+    profiles = models.PROFILES["tiny-phi4"], models.SMOLLM2
+    workspace.write_json(MEASURED, {
+        "text": "first problem of data/tiny_gsm8k/test.jsonl, with its answer",
+        "versions": {name: metadata.version(name) for name in (
+            "torch", "transformers", "llmcompressor", "compressed-tensors", "gguf")},
+        "models": {profile.name: measure(profile) for profile in profiles}})
+
+
+if __name__ == "__main__":
+    main()
