@@ -226,12 +226,11 @@ def _buttons(table, select) -> list:
     for layer, values in table.iterrows():
         line = [ui.Label(f"layer {layer}", layout=ui.Layout(width="5em"))]
         for short, value in values.dropna().items():
-            depth = float(norm(value))
+            colour = to_hex(matplotlib.colormaps["cividis"](norm(value)))
             button = ui.Button(
                 description=f"{short} {value:.1f}", tooltip=f"layer {layer}, {short}: {value:.3f}",
                 layout=ui.Layout(width="11em"),
-                style={"button_color": to_hex(matplotlib.colormaps["cividis"](depth)),
-                       "text_color": "black" if depth > 0.5 else "white"})
+                style={"button_color": colour, "text_color": plots.ink(colour)})
             button.on_click(lambda _, key=(layer, short): select(key))
             line.append(button)
         lines.append(ui.HBox(line))
