@@ -237,13 +237,14 @@ def token_amax(table, pieces: list[str]) -> None:
     """
     from matplotlib.colors import LogNorm
 
-    figure, axis = _axes(width=10, height=0.22 * len(table) + 1.8)
+    figure, axis = _axes(width=10, height=0.22 * len(table) + 2.3)
     image = axis.imshow(table, cmap="cividis", aspect="auto", norm=LogNorm())
     axis.set_yticks(range(len(table)), table.index, fontsize=8)
     axis.set_xticks(range(len(pieces)), [piece.replace("$", r"\$") for piece in pieces],
                     rotation=90, fontsize=8)
     axis.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axis, label="amax of the input")
+    figure.colorbar(image, ax=axis, label="amax of the input", location="bottom", shrink=0.5,
+                    aspect=50)  # below: beside the map it would take the tokens' room
     axis.set_title("Every token and every module has its own reach", loc="left")
     show(figure, f"Map of the largest magnitude in the input of {len(table)} modules for "
                  f"{len(pieces)} tokens, from {table.min().min():.2g} to {table.max().max():.2g}.")
