@@ -66,6 +66,23 @@ def nearest_e4m3_to_0_3(answer) -> None:
     _say(answer, _near(value, 0), "0.3 = 1.2 x 2^-2; which eighth is nearest to 1.2?")
 
 
+def rounded_per_token(answer) -> None:
+    """Notebook 03: a function that rounds activations to E4M3 with a scale for each token."""
+    import torch
+
+    from helpers import ablation
+
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    x = x * torch.logspace(-2, 2, 16)[:, None]  # tokens far apart: one scale would not do
+    expected = ablation.rounded(x, "e4m3")
+
+    def right(function) -> bool:
+        error = (function(x.clone()) - expected).norm(dim=1) / expected.norm(dim=1)
+        return bool((error < 1e-2).all())  # a wrong scale costs 2 %; a tie the other way, less
+
+    _say(answer, right, "A scale is amax / 448 along the features; divide, cast, multiply back.")
+
+
 def path_of_capability(answer) -> None:
     """Notebook 04: a function from compute capability to the arithmetic of this checkpoint."""
     from helpers import hardware

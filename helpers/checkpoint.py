@@ -95,15 +95,20 @@ def data_offsets(file: Path) -> dict[str, int]:
 def census(path: Path) -> list[TensorInfo]:
     """Every tensor of the checkpoint directory `path`, in the order of its files.
 
-    Raises `WorkbookError` when there are no safetensors, when a shard of the index is missing, or
-    when the index and the shards disagree on the tensors.
+    Raises `WorkbookError` when there are no safetensors, when the index is none or a shard of it
+    is missing, or when the index and the shards disagree on the tensors.
     """
     index = path / "model.safetensors.index.json"
     files = sorted(path.glob("*.safetensors"))
     placed = None
     if index.is_file():
-        placed = json.loads(index.read_text())["weight_map"]
-        files = sorted({path / name for name in placed.values()})
+        try:
+            placed = json.loads(index.read_text())["weight_map"]
+            files = sorted({path / name for name in placed.values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WorkbookError(f"{index.name} of {path.name} is no index of shards ({error}).",
+                                "Which file holds which tensor cannot be known.",
+                                "Fetch or make the checkpoint again.") from None
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise WorkbookError(f"{path.name} lacks {', '.join(missing)}.",

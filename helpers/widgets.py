@@ -84,6 +84,16 @@ def _file(path: Path, name: str) -> Path:
     return path / file
 
 
+def _require_one_model(base: Path, fp8: Path, name: str) -> None:
+    shapes = [next((t.shape for t in checkpoint.census(path) if t.name == name), None)
+              for path in (base, fp8)]
+    if None not in shapes and shapes[0] != shapes[1]:
+        raise WorkbookError(
+            f"{name} is {list(shapes[0])} in {base.name} and {list(shapes[1])} in {fp8.name}.",
+            "The two checkpoints are not of one model.",
+            "Name the base that the FP8 checkpoint was made from.")
+
+
 def channel_error(base: Path, fp8: Path, module: str, channels: int | None = None):
     """Squares of signal and of error by output channel: two float32 tensors [channels].
 
@@ -94,6 +104,7 @@ def channel_error(base: Path, fp8: Path, module: str, channels: int | None = Non
 
     scale = scales(fp8, module)[:channels]
     name = f"{module}.weight"
+    _require_one_model(base, fp8, name)
     signal, noise = torch.empty_like(scale), torch.empty_like(scale)
     with (safe_open(_file(base, name), "pt") as before, safe_open(_file(fp8, name), "pt") as after):
         original, codes = before.get_slice(name), after.get_slice(name)
@@ -148,6 +159,7 @@ def draw(base: Path, fp8: Path, module: str, view: str) -> None:
     if view == "scales":
         plots.channel_scales(module, scale)
     elif view == "weights":
+        _require_one_model(base, fp8, f"{module}.weight")
         channel = int(scale.argmax())
         part = (channel, channel + 1)
         plots.weights_on_grid(module, channel, rows(base, f"{module}.weight", *part)[0],
@@ -226,12 +238,11 @@ def _buttons(table, select) -> list:
     for layer, values in table.iterrows():
         line = [ui.Label(f"layer {layer}", layout=ui.Layout(width="5em"))]
         for short, value in values.dropna().items():
-            depth = float(norm(value))
+            colour = to_hex(matplotlib.colormaps["cividis"](norm(value)))
             button = ui.Button(
                 description=f"{short} {value:.1f}", tooltip=f"layer {layer}, {short}: {value:.3f}",
                 layout=ui.Layout(width="11em"),
-                style={"button_color": to_hex(matplotlib.colormaps["cividis"](depth)),
-                       "text_color": "black" if depth > 0.5 else "white"})
+                style={"button_color": colour, "text_color": plots.ink(colour)})
             button.on_click(lambda _, key=(layer, short): select(key))
             line.append(button)
         lines.append(ui.HBox(line))

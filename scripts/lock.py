@@ -24,6 +24,7 @@ SETS = (
     ("requirements.txt", "notebook.txt", None, True),
     ("requirements-serve-cpu.txt", "serve-cpu.txt", "serve-cpu-overrides.txt", True),
     ("requirements-serve.txt", "serve.txt", None, False),
+    ("requirements-browser.txt", "browser.txt", None, False),
 )
 
 

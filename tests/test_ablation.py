@@ -124,3 +124,23 @@ def test_rounding_more_costs_more_and_nothing_costs_nothing(tiny):
     alone = ablation.left_alone(model, texts)
     assert alone.loc["Linears only", "KL"] == kl["E4M3 per channel", "both"]
     assert len(set(alone["KL"])) == 4
+
+
+def test_problems_are_solved_as_transformers_answers_them_one_by_one(tiny_base):
+    """Batched and padded against each alone; and a model that is rounded to nothing solves none."""
+    model, tokenizer = ablation.load(tiny_base)
+    with open(tiny_base.parent / "tiny_gsm8k" / "test.jsonl") as lines:
+        rows = [json.loads(line) for line in lines][:12]
+    alone = [ablation.solved(model, tokenizer, [row], batch=1)[0] for row in rows]
+    assert ablation.solved(model, tokenizer, rows, batch=5) == alone and sum(alone) > 6
+    wrong = [row | {"answer": "#### 123456"} for row in rows]
+    assert not any(ablation.solved(model, tokenizer, wrong))
+    before = torch.get_num_threads()
+    table = ablation.accuracy(model, tokenizer, rows, ablation.FORMATS[3:4])
+    assert torch.get_num_threads() == before
+    assert list(table.index) == ["unrounded", "E5M2 per channel"]
+    first, second = table["right"]
+    assert first == sum(alone) and second == first - table["lost"].iloc[1] + table["gained"].iloc[1]
+    assert (table["low"] < table["accuracy"]).all() and (table["high"] > table["accuracy"]).all()
+    with ablation.applied(model, ablation.linears(model), weight=lambda _, w: w * 0):
+        assert not any(ablation.solved(model, tokenizer, rows))

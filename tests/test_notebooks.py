@@ -2,10 +2,12 @@
 
 import ast
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
 import pytest
+from nbconvert import HTMLExporter
 from notebook_outputs import PROGRESS, STAMP, code_cells, sources_sha256
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
@@ -14,6 +16,7 @@ NAMES = ("00_start_here", "01_load_phi4", "02_quantize_to_fp8", "03_inspect_the_
          "07_report_and_publish")
 # A path into some machine: a folder that systems have at their root, and something in it.
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(root|home|work|tmp|usr|opt|var|mnt|Users|etc)/\w")
+PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]+")
 LONGEST_CELL = 15  # lines of code
 
 
@@ -30,7 +33,7 @@ def texts(output) -> list[str]:
     """What an output says in words, images left out."""
     if output.output_type == "stream":
         return [output.text]
-    return [text for mime, text in output.get("data", {}).items()
+    return [PICTURE.sub("", text) for mime, text in output.get("data", {}).items()
             if isinstance(text, str) and (mime.startswith("text/") or mime == "image/svg+xml")]
 
 
@@ -74,3 +77,30 @@ def test_committed_with_the_outputs_of_one_clean_run(nb):
 def test_the_outputs_come_from_these_sources(nb):
     """`make notebooks` stamps what it writes; a cell edited since then has outputs of another."""
     assert nb.metadata.get(STAMP, {}).get("sources_sha256") == sources_sha256(nb)
+
+
+def pictures(html: str) -> list[str]:
+    """The alt text of every <img> of a page, "" where there is none."""
+    found = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: tag == "img" and found.append(
+        dict(attributes).get("alt") or "")
+    parser.feed(html)
+    return found
+
+
+def test_every_picture_says_in_words_what_it_shows(nb):
+    """In the outputs, and on the page that nbconvert makes of them, which adds a text of its own
+    where it finds none."""
+    html = [o.data["text/html"] for cell in code_cells(nb) for o in cell.outputs
+            if "text/html" in o.get("data", {})]
+    alts = [alt for text in html for alt in pictures(text)]
+    assert all(len(alt) > 20 for alt in alts)
+    for cell in code_cells(nb):
+        for output in cell.outputs:  # JupyterLab and nbconvert show these without their alt text
+            assert not any(mime.startswith("image/") for mime in output.get("data", {}))
+        if "plots." in cell.source:
+            assert sum(len(pictures(o.get("data", {}).get("text/html", "")))
+                       for o in cell.outputs) == cell.source.count("plots."), cell.source
+    exported = HTMLExporter().from_notebook_node(nb)[0]
+    assert pictures(exported) == alts

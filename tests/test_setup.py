@@ -42,7 +42,7 @@ def installed(env: Environment) -> dict[str, str]:
 # --- what is pinned ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-serve.txt",
-                                  "requirements-serve-cpu.txt"])
+                                  "requirements-serve-cpu.txt", "requirements-browser.txt"])
 def test_every_direct_dependency_is_pinned_exactly(name):
     lines = names((REPO / name).read_text())
     assert lines and all(re.fullmatch(r"[A-Za-z0-9_.\-]+(\[\w+\])?==[\w.]+", x) for x in lines)

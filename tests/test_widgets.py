@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -87,12 +88,15 @@ def test_a_cell_of_the_map_selects_and_the_map_can_change(tiny_base, tiny_fp8, p
     assert [b.tooltip for b in parts(whole)[1]] != [b.tooltip for b in buttons]
 
 
-@pytest.mark.parametrize("changes, says", [
+BAD = pytest.mark.parametrize("changes, says", [
     ({f"{DOWN}.weight_scale": torch.ones(1, dtype=torch.bfloat16)}, "per tensor"),
     ({f"{DOWN}.weight_scale": torch.full((256, 1), torch.nan, dtype=torch.bfloat16)}, "is nan"),
     ({f"{DOWN}.weight_scale": torch.zeros(256, 1, dtype=torch.bfloat16)}, "no positive number"),
     ({f"{DOWN}.weight": torch.ones(256, 768, dtype=torch.bfloat16)}, "not FP8"),
 ])
+
+
+@BAD
 def test_bad_scales_are_a_sentence(copy, changes, says):
     edit(copy, changes)
     with pytest.raises(WorkbookError) as caught:
@@ -100,16 +104,68 @@ def test_bad_scales_are_a_sentence(copy, changes, says):
     assert says in str(caught.value)
 
 
-def test_bad_scales_are_shown_where_the_module_is_chosen(tiny_base, copy, pictures):
-    bad = torch.full((256, 1), torch.nan, dtype=torch.bfloat16)
-    edit(copy, {f"{DOWN}.weight_scale": bad})
-    whole = widgets.explorer(tiny_base, copy)
-    parts(whole)[0]["module"].value = "gate_up_proj"
-    drawn = len(pictures)
-    assert drawn == 1
-    parts(whole)[0]["module"].value = "down_proj"
-    assert "256 of 256 scales" in parts(whole)[2] and "Traceback" not in parts(whole)[2]
-    assert len(pictures) == drawn
+@BAD
+def test_each_is_a_sentence_in_the_explorer(tiny_base, copy, pictures, changes, says):
+    edit(copy, changes)
+    shown = widgets.explorer(tiny_base, copy)
+    parts(shown)[0]["module"].value = "gate_up_proj"
+    drawn = list(pictures)
+    parts(shown)[0]["module"].value = "down_proj"
+    notes = parts(shown)[2]
+    if says == "not FP8":  # then it is not among the FP8 modules of its layer
+        says = "Layer 0 has no FP8 module down_proj"
+    assert says in notes and "Traceback" not in notes
+    assert pictures == drawn
+
+
+def test_a_base_of_another_model_is_a_sentence(tiny_base, tiny_fp8, tmp_path, pictures):
+    other = shutil.copytree(tiny_base, tmp_path / "other")
+    edit(other, {f"{DOWN}.weight": torch.ones(128, 768, dtype=torch.bfloat16)})
+    shown = widgets.explorer(other, tiny_fp8)
+    for view in ("weights", "error"):
+        parts(shown)[0]["view"].value = view
+        assert "is [128, 768] in other and [256, 768] in" in parts(shown)[2]
+    file = other / "model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if n != f"{DOWN}.weight"}, file)
+    parts(shown)[0]["view"].value = "weights"
+    assert f"There is no tensor {DOWN}.weight in other" in parts(shown)[2]
+    assert len(pictures) == 1  # the scales, which need no base
+
+
+def test_an_index_that_is_none_is_a_sentence(tiny_base, copy):
+    for content in ("{", "[]", '{"weight_map": 3}'):
+        (copy / "model.safetensors.index.json").write_text(content)
+        assert "is no index of shards" in widgets.explorer(tiny_base, copy).value
+
+
+def sparse(source, target, gigabytes=3):
+    """The same checkpoint behind zeros that take no disk, so that its data begins beyond 2 GB."""
+    shutil.copytree(source, target)
+    tensors, end = load_file(source / "model.safetensors"), gigabytes * 2**30
+    header = {"zeros": {"dtype": "BF16", "shape": [end // 2], "data_offsets": [0, end]}}
+    types = {torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": types[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [end, end := end + tensor.nbytes]}
+    words = json.dumps(header).encode()
+    with open(target / "model.safetensors", "wb") as file:
+        file.write(len(words).to_bytes(8, "little") + words)
+        file.seek(gigabytes * 2**30, 1)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return target
+
+
+def test_files_of_several_gigabytes_are_read_by_the_slice(tiny_base, tiny_fp8, tmp_path, pictures):
+    """The same pictures, and the file's length is nowhere in the memory taken."""
+    base, fp8 = sparse(tiny_base, tmp_path / "base", 5), sparse(tiny_fp8, tmp_path / "fp8")
+    before = psutil.Process().memory_info().rss
+    for pair in ((tiny_base, tiny_fp8), (base, fp8)):
+        controls = parts(widgets.explorer(*pair))[0]
+        controls["view"].value = "weights"
+        controls["view"].value = "error"
+    assert pictures[:3] == pictures[3:] and len(pictures) == 6
+    assert psutil.Process().memory_info().rss - before < 200e6
 
 
 def test_a_checkpoint_without_fp8_is_a_sentence(tiny_base):

@@ -1,0 +1,245 @@
+"""Notebooks 00 and 03 in a real JupyterLab and a real Chromium: every control, both themes.
+
+`make test-browser` runs this in .venv-browser. The notebooks are copies in build/browser; what a
+reader sees is left in build/screenshots.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect, sync_playwright
+
+REPO = Path(__file__).resolve().parent.parent.parent
+PLACE, SCREENSHOTS = REPO / "build" / "browser", REPO / "build" / "screenshots"
+RUN_LIMIT = 300  # seconds for a notebook; 03 takes about one minute on two quiet cores
+NAMES = ("00_start_here", "03_inspect_the_scales")
+
+
+@pytest.fixture(scope="session")
+def lab():
+    """JupyterLab on a free port of 127.0.0.1 with a token, on copies: its URL and the token."""
+    shutil.rmtree(PLACE, ignore_errors=True)
+    shutil.rmtree(SCREENSHOTS, ignore_errors=True)
+    (PLACE / "notebooks").mkdir(parents=True)
+    SCREENSHOTS.mkdir()
+    for name in NAMES:
+        blank = json.loads((REPO / "notebooks" / f"{name}.ipynb").read_text())
+        blank["metadata"].pop("widgets", None)
+        for cell in blank["cells"]:
+            if cell["cell_type"] == "code":
+                cell |= {"outputs": [], "execution_count": None}
+        (PLACE / "notebooks" / f"{name}.ipynb").write_text(json.dumps(blank))
+    token = secrets.token_urlsafe(24)
+    own = {f"JUPYTER_{kind}_DIR": str(PLACE / kind.lower()) for kind in ("CONFIG", "DATA",
+                                                                         "RUNTIME")}
+    environ = {**os.environ, **own, "JUPYTER_TOKEN": token, "PHI4_FP8_PROFILE": "tiny-phi4",
+               "PHI4_FP8_WORKSPACE": str(PLACE / "workspace"), "PYTHONPATH": str(REPO)}
+    with open(PLACE / "lab.log", "w") as log:
+        server = subprocess.Popen(
+            [REPO / ".venv" / "bin" / "jupyter", "lab", "--no-browser", "--ip=127.0.0.1",
+             "--port=0", "--allow-root", f"--notebook-dir={PLACE / 'notebooks'}"],
+            stdout=log, stderr=log, env=environ, start_new_session=True)
+    try:
+        yield address(server), token
+    finally:
+        server.terminate()  # it ends its kernels first
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(timeout=20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def address(server: subprocess.Popen) -> str:
+    """The URL that JupyterLab has chosen, once it answers."""
+    for _ in range(600):
+        assert server.poll() is None, (PLACE / "lab.log").read_text()
+        for file in (PLACE / "runtime").glob("jpserver-*.json"):
+            with contextlib.suppress(OSError, ValueError):
+                url = json.loads(file.read_text())["url"]
+                with urllib.request.urlopen(f"{url}api", timeout=5):
+                    return url
+        time.sleep(0.1)
+    raise AssertionError("JupyterLab did not answer within a minute")
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    # A sandbox needs rights that root in a container lacks; only our own pages are opened.
+    flags = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=os.environ["CHROMIUM"], args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def page(request, lab, chromium):
+    """A notebook, opened with the token and run to its end by the Run menu."""
+    (url, token), name = lab, request.param
+    page = chromium.new_page(viewport={"width": 1440, "height": 900})
+    page.name, page.complaints, page.foreign = name, [], []
+    page.on("console", lambda said: said.type == "error" and page.complaints.append(
+        f"{said.text} ({said.location.get('url')})"))
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.on("request", lambda request: request.url.startswith(("http", "ws"))
+            and not request.url.startswith(url) and page.foreign.append(request.url))
+    # A workspace of its own: the other notebook's tab would be opened again beside it.
+    page.goto(f"{url}lab/workspaces/{name}/tree/{name}.ipynb?token={token}")
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=60_000)
+    idle(page)
+    menu(page, "Run", "Run All Cells")
+    prompts = page.locator(".jp-Notebook .jp-CodeCell .jp-InputPrompt")
+    expect(prompts.first).not_to_have_text("[ ]:", timeout=10_000)
+    expect(prompts.last).to_have_text(re.compile(r"\[\d+\]:"), timeout=RUN_LIMIT * 1000)
+    idle(page)
+    yield page
+    page.close()
+
+
+def idle(page) -> None:
+    """Wait until the status bar says that the kernel is there and waits for work."""
+    expect(page.locator("#jp-main-statusbar").get_by_text("| Idle")).to_be_visible(timeout=60_000)
+
+
+def menu(page, *path: str) -> None:
+    """Choose an entry of JupyterLab's menu bar."""
+    page.locator(".lm-MenuBar-item", has_text=path[0]).first.click()
+    for entry in path[1:]:
+        page.locator(".lm-Menu-item", has_text=re.compile(f"^{re.escape(entry)}")).first.click()
+
+
+START_HERE, SCALES = (pytest.mark.parametrize("page", [name], indirect=True) for name in NAMES)
+
+
+def explorer(page):
+    """The cell of notebook 03 that holds the explorer of the scales."""
+    return page.locator(".jp-CodeCell").filter(has_text="widgets.explorer(base, fp8)").first
+
+
+def test_every_cell_has_run_and_none_ended_in_an_error(page):
+    page.keyboard.press("Control+s")
+    saved = PLACE / "notebooks" / f"{page.name}.ipynb"
+    end = time.monotonic() + 30
+    while not (counts := executed(saved))[-1] and time.monotonic() < end:
+        time.sleep(0.2)
+    assert counts == list(range(1, len(counts) + 1))
+    assert '"output_type": "error"' not in saved.read_text()
+    assert page.get_by_text("Traceback (most recent call last)").count() == 0
+
+
+def executed(notebook: Path) -> list[int | None]:
+    return [cell["execution_count"] for cell in json.loads(notebook.read_text())["cells"]
+            if cell["cell_type"] == "code"]
+
+
+def test_every_picture_is_there_and_says_in_words_what_it_shows(page):
+    pictures = page.locator(".jp-OutputArea-output img")
+    found = pictures.evaluate_all("all => all.map(one => [one.alt, one.naturalWidth])")
+    assert found
+    assert all(len(alt) > 20 and width > 300 for alt, width in found), found
+
+
+@START_HERE
+def test_the_menu_of_gpus_changes_sentence_and_table(page):
+    cell = page.locator(".jp-CodeCell").filter(has_text="fits.explorer()")
+    sentence, table = cell.locator(".widget-html-content"), cell.locator("table")
+    before = sentence.inner_text(), table.inner_text()
+    cell.get_by_label("GPU", exact=True).select_option("L4")
+    expect(sentence).not_to_have_text(before[0])
+    expect(table).to_contain_text("20.5")
+    assert table.inner_text() != before[1]
+
+
+@SCALES
+@pytest.mark.parametrize("control, choice", [
+    ("module", "gate_up_proj"), ("view", "weights"), ("view", "error"), ("layer", "2"),
+    ("view", "scales"), ("module", "qkv_proj")])
+def test_each_control_changes_the_picture(page, control, choice):
+    cell = explorer(page)
+    picture = cell.locator("img")
+    before = picture.get_attribute("src")
+    cell.get_by_label(control, exact=True).select_option(choice)
+    expect(picture).not_to_have_attribute("src", before)
+    expect(picture).to_have_count(1)
+    assert (choice if control == "module" else "model.layers") in picture.get_attribute("alt")
+    if control == "view":
+        cell.scroll_into_view_if_needed()
+        page.wait_for_timeout(1000)  # cells that come into sight are laid out, and move this one
+        cell.screenshot(path=SCREENSHOTS / f"{page.name}-{choice}.png")
+
+
+@SCALES
+def test_the_map_changes_and_its_cells_select(page):
+    cell = explorer(page)
+    buttons, picture = cell.locator("button.widget-button"), cell.locator("img")
+    words, before = buttons.all_text_contents(), picture.get_attribute("src")
+    cell.get_by_label("map", exact=True).select_option("SQNR, dB")
+    expect(buttons.first).not_to_have_text(words[0])
+    assert not set(buttons.all_text_contents()) & set(words)
+    cell.get_by_title(re.compile("^layer 3, down_proj:")).click()
+    expect(picture).not_to_have_attribute("src", before)
+    expect(cell.get_by_label("layer", exact=True).locator("option:checked")).to_have_text("3")
+    expect(picture).to_have_attribute("alt", re.compile("model.layers.3.mlp.down_proj"))
+
+
+# The contrast that WCAG 2.2 asks of text (4.5, success criterion 1.4.3), for every visible piece of
+# the outputs and controls; a colour that lets the one below shine through is looked up there.
+CONTRAST = """cells => cells.flatMap(cell => {
+  const parts = colour => colour.match(/[\\d.]+/g).map(Number);
+  const light = colour => parts(colour).slice(0, 3).map(value => {
+    const share = value / 255;
+    return share <= 0.04045 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
+  }).reduce((sum, value, i) => sum + value * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = node => {
+    for (; node; node = node.parentElement) {
+      const colour = getComputedStyle(node).backgroundColor;
+      if ((parts(colour)[3] ?? 1) > 0.5) return colour;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  return [...cell.querySelectorAll("*")].filter(node => node.checkVisibility()
+      && [...node.childNodes].some(child => child.nodeType === 3 && child.data.trim()))
+    .map(node => {
+      const [a, b] = [light(getComputedStyle(node).color), light(ground(node))];
+      const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+      return [node.textContent.trim().slice(0, 40), getComputedStyle(node).color, ground(node),
+              ratio, parseFloat(getComputedStyle(node).fontSize)];
+    }).filter(([, , , ratio, size]) => ratio < 4.5 || size < 11);
+})"""
+
+
+@pytest.mark.parametrize("theme", ["Dark", "Light"])
+def test_text_is_readable_in_both_themes_and_nothing_is_cut_off(page, theme):
+    menu(page, "Settings", "Theme", f"JupyterLab {theme}")
+    light = "true" if theme == "Light" else "false"
+    expect(page.locator("body")).to_have_attribute("data-jp-theme-light", light)
+    page.set_viewport_size({"width": 1440, "height": 15_000})  # all of it, at 100 %
+    cells = page.locator(".jp-Notebook .jp-Cell")
+    cells.first.scroll_into_view_if_needed()
+    page.wait_for_timeout(2000)  # the theme's colours fade in, and cells out of sight are laid out
+    first, last = cells.first.bounding_box(), cells.last.bounding_box()
+    page.screenshot(path=SCREENSHOTS / f"{page.name}-{theme.lower()}.png",
+                    clip=first | {"height": last["y"] + last["height"] - first["y"]})
+    outputs = page.locator(".jp-Notebook .jp-OutputArea-output")
+    assert outputs.evaluate_all(CONTRAST) == []
+    cut = outputs.locator("img, button, select, .widget-label, table").evaluate_all(
+        """all => all.filter(one => one.scrollWidth > one.clientWidth + 1
+           && getComputedStyle(one).overflowX !== "visible").map(one => one.outerHTML.slice(0, 200))
+        """)
+    assert cut == []
+    page.set_viewport_size({"width": 1440, "height": 900})
+
+
+def test_nothing_complained_and_nothing_left_this_machine(page):
+    assert page.complaints == []
+    assert page.foreign == []
