@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from helpers import WorkbookError
 
@@ -99,14 +100,17 @@ def replace(partial: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_manifest(directory: Path) -> None:
-    """Write MANIFEST.json: for every file its size in bytes and SHA-256; flush all to the disk."""
+def write_manifest(directory: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write MANIFEST.json: for every file its size in bytes and SHA-256; flush all to the disk.
+
+    `known`: sums that were taken when the files were written, by name.
+    """
     files = {}
     for file in sorted(path for path in directory.rglob("*") if path.is_file()):
         if file.name == MANIFEST:
             continue
-        files[str(file.relative_to(directory))] = {
-            "bytes": file.stat().st_size, "sha256": sha256(file)}
+        name = str(file.relative_to(directory))
+        files[name] = {"bytes": file.stat().st_size, "sha256": known.get(name) or sha256(file)}
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
     write_json(directory / MANIFEST, files)

@@ -1,5 +1,7 @@
 """Streaming against `model_free_ptq` and `oneshot`, byte for byte; killed, disturbed, at size."""
 
+import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -60,6 +62,42 @@ def test_a_block_of_one_row_makes_the_same_bytes(sharded, tmp_path, monkeypatch)
     monkeypatch.setattr(streaming, "BLOCK_BYTES", 100_001)  # of no row's size, and a ragged end
     cut = quantize.stream(sharded, tmp_path / "cut")
     assert workspace.fingerprint(cut) == workspace.fingerprint(whole)
+
+
+def test_the_short_way_makes_the_same_codes_of_every_bf16_number():
+    """Rows of widely different scale, so that all exponents occur; and no way back from E4M3."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from helpers import streaming
+
+    class FromE4M3(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default:
+                self.count += args[0].dtype == torch.float8_e4m3fn
+            return out
+
+    bits = torch.arange(0x7F80, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    finite = torch.cat([bits, -bits])[torch.randperm(2 * len(bits))]
+    weight = torch.cat([finite.reshape(-1, 32),  # each row as it comes, and sorted by magnitude
+                        finite[finite.abs().float().argsort()].reshape(-1, 32)])
+    converter = streaming._converter()
+    made, ways_back = [], []
+    for way in (contextlib.nullcontext(), streaming._short_way()):
+        with way, FromE4M3() as casts:
+            made.append(converter.process({"a.weight": weight}))
+        ways_back.append(casts.count)
+    assert ways_back == [1, 0]
+    for name in ("a.weight", "a.weight_scale"):
+        assert torch.equal(*(each[name].view(torch.uint8) for each in made)), name
+
+
+def test_the_sums_taken_while_writing_are_those_of_the_files(sharded, tmp_path):
+    made = quantize.stream(sharded, tmp_path / "made")
+    for name, entry in workspace.read_manifest(made).items():
+        assert entry["sha256"] == hashlib.sha256((made / name).read_bytes()).hexdigest()
 
 
 def test_the_tensors_are_oneshots_to_the_bit(tiny_base, tiny_fp8, tmp_path):
