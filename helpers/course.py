@@ -39,13 +39,17 @@ class Course:
 
         where = "GPU memory" if self.path.device == "cuda" else "RAM"
         bf16, fp8 = size(self.profile.bf16_bytes), size(self.profile.fp8_bytes)
+        both = "bf16" in models.arms(self.profile, self.machine)
+        way = quantize.route_for(self.profile.bf16_bytes, self.machine)
+        served = f"{bf16 if both else fp8} {where} and the KV cache"
         rows = [
-            ("01 load", bf16 if self.profile.source == "hub" else "nothing", f"{bf16} {where}"),
-            ("02 quantize", fp8, f"{bf16} RAM"),
+            ("01 load", bf16 if self.profile.source == "hub" else "nothing",
+             f"{bf16} {where if both else 'GPU memory and RAM together'}"),
+            ("02 quantize", fp8, f"{size(way.ram)} RAM" + (", streamed" if way.streams else "")),
             ("03 inspect", "nothing", "one tensor at a time"),
             ("04 serve", "a log", f"{fp8} {where} and the KV cache"),
-            ("05 gsm8k", "a few MB of answers", f"{bf16} {where} and the KV cache"),
-            ("06 throughput", "a log", f"{bf16} {where} and the KV cache"),
+            ("05 gsm8k", "a few MB of answers", served),
+            ("06 throughput", "a log", served),
         ]
         return pd.DataFrame(rows, columns=["notebook", "writes to disk", "weights in memory"])
 

@@ -8,6 +8,7 @@ have those sums is whole.
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -171,6 +172,14 @@ def sha256(file: Path) -> str:
     """The file's SHA-256 in hexadecimal."""
     with open(file, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def flip_a_bit(file: Path) -> None:
+    """Change the file's last bit, as a failing disk would; other hard links to it keep theirs."""
+    copy = Path(shutil.copyfile(file, f"{file}.copy"))
+    with open(copy, "r+b") as handle, mmap.mmap(handle.fileno(), 0) as content:
+        content[-1] ^= 1
+    copy.replace(file)
 
 
 def write_json(path: Path, content) -> None:

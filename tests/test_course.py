@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import REPO
 
-from helpers import WorkbookError, course, ledger, models, workspace
+from helpers import WorkbookError, course, hardware, ledger, models, streaming, workspace
 
 
 def test_without_a_gpu_the_bundled_model_is_chosen(monkeypatch):
@@ -60,3 +60,39 @@ def test_the_plan_names_every_step_with_disk_and_memory(monkeypatch):
     plan = course.open_course().plan()
     assert list(plan["notebook"].str[:2]) == ["01", "02", "03", "04", "05", "06"]
     assert plan.loc[1, "writes to disk"].endswith("MB")
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(("gpu", "free_ram", "quantizing", "serving", "loading"), [
+    # (GB of GPU memory, GB of RAM free): streaming takes about 1 GB, oneshot 1.6 times 29.3 GB.
+    (80, 200, "46.9 GB RAM", "29.3 GB GPU memory", "29.3 GB GPU memory"),
+    (48, 16, "STREAMED", "29.3 GB GPU memory", "29.3 GB GPU memory"),
+    (24, 16, "STREAMED", "15.7 GB GPU memory", "29.3 GB GPU memory and RAM together"),
+    (24, 200, "STREAMED", "15.7 GB GPU memory", "29.3 GB GPU memory and RAM together"),
+])
+def test_the_plan_of_phi4_is_what_each_machine_will_do(
+    monkeypatch, gpu, free_ram, quantizing, serving, loading
+):
+    card = hardware.Gpu(0, "a GPU", gpu * GB, (8, 9), "580")
+    machine = hardware.Machine((card,), "CPU", 8, frozenset(), 256 * GB, 500 * GB, "", "", "")
+    monkeypatch.setattr(hardware, "available_ram", lambda: free_ram * GB)
+    opened = course.Course(machine, hardware.serving_path(machine), models.PHI4)
+    plan = opened.plan().set_index("notebook")
+    streamed = f"{streaming.memory() / 1e9:.1f} GB RAM, streamed"
+    memory = plan["weights in memory"]
+    assert memory["02 quantize"] == quantizing.replace("STREAMED", streamed)
+    assert streaming.memory() < 6 * GB
+    assert memory["01 load"] == loading and memory["04 serve"].startswith("15.7 GB GPU memory")
+    assert memory["05 gsm8k"] == memory["06 throughput"] == f"{serving} and the KV cache"
+    assert (plan["writes to disk"]["01 load"], plan["writes to disk"]["02 quantize"]) == (
+        "29.3 GB", "15.7 GB")
+
+
+def test_a_cpus_plan_streams_when_its_ram_is_taken(monkeypatch):
+    machine = hardware.Machine((), "CPU", 8, frozenset(), 64 * GB, 500 * GB, "", "", "")
+    opened = course.Course(machine, hardware.serving_path(machine), models.PHI4)
+    for free, streams in ((60, False), (30, True)):
+        monkeypatch.setattr(hardware, "available_ram", lambda free=free: free * GB)
+        assert ("streamed" in opened.plan().loc[1, "weights in memory"]) == streams

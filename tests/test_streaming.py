@@ -126,10 +126,15 @@ def test_an_embedding_that_was_not_ignored_is_found_out(sharded, tmp_path):
         checkpoint.verify_fp8(sharded, wrong)
 
 
-def test_the_way_is_chosen_by_the_memory_that_is_free(tiny_base):
+def test_the_way_is_chosen_by_the_memory_that_is_free(tiny_base, monkeypatch):
+    from helpers import hardware
+
     weights = models.tiny().bf16_bytes
-    assert not quantize.route(tiny_base, 2 * weights).streams
-    small = quantize.route(tiny_base, weights)
+    monkeypatch.setattr(hardware, "available_ram", lambda: 2 * weights)
+    fits = quantize.route(tiny_base)
+    assert not fits.streams and fits.ram == int(1.6 * weights)
+    monkeypatch.setattr(hardware, "available_ram", lambda: weights)
+    small = quantize.route(tiny_base)
     assert small.streams and "the model does not fit, so its shards are streamed" in small.why
 
 
@@ -219,6 +224,9 @@ def test_the_full_size_proof_at_a_hundredth(tmp_path):
     assert 29_319_014_400 / 130 < result["bytes bf16"] < 29_319_014_400 / 80
     assert result["bytes FP8"] == checkpoint.total_bytes(checkpoint.predict_fp8(planned))
     assert result["modules re-derived"] == 20
+    from helpers import streaming
+
+    assert streaming.memory() / 2 < result["peak bytes"] < streaming.memory()
     assert not (tmp_path / "proof").exists()
 
 
