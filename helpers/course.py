@@ -30,6 +30,22 @@ class Course:
         """The FP8 checkpoint's directory, made and verified if it is not there."""
         return quantize.fp8_checkpoint(self.profile, self.base())
 
+    def arms(self) -> dict[str, Path]:
+        """What is served and measured here: "bf16" and "fp8", or FP8 alone where bf16 is too large.
+        """
+        every = {"bf16": self.base(), "fp8": self.fp8()}
+        return {arm: every[arm] for arm in models.arms(self.profile, self.machine)}
+
+    def compares(self, experiment: str) -> bool:
+        """Whether both arms are served here; if not, prints what was published of Phi-4 in bf16."""
+        if "bf16" in models.arms(self.profile, self.machine):
+            return True
+        figures = "; ".join(f"{row['claim']}: {row['value']} {row['unit']}"
+                            for row in ledger.published()
+                            if (row["experiment"], row["arm"]) == (experiment, "bf16"))
+        print(f"This compares two arms, and bf16 does not fit this machine. Published: {figures}.")
+        return False
+
     def plan(self):
         """Disk and memory that each step of this path needs, as a DataFrame of strings."""
         import pandas as pd
@@ -39,13 +55,17 @@ class Course:
 
         where = "GPU memory" if self.path.device == "cuda" else "RAM"
         bf16, fp8 = size(self.profile.bf16_bytes), size(self.profile.fp8_bytes)
+        both = "bf16" in models.arms(self.profile, self.machine)
+        way = quantize.route_for(self.profile.bf16_bytes, self.machine)
+        served = f"{bf16 if both else fp8} {where} and the KV cache"
         rows = [
-            ("01 load", bf16 if self.profile.source == "hub" else "nothing", f"{bf16} {where}"),
-            ("02 quantize", fp8, f"{bf16} RAM"),
+            ("01 load", bf16 if self.profile.source == "hub" else "nothing",
+             f"{bf16} {where if both else 'GPU memory and RAM together'}"),
+            ("02 quantize", fp8, f"{size(way.ram)} RAM" + (", streamed" if way.streams else "")),
             ("03 inspect", "nothing", "one tensor at a time"),
             ("04 serve", "a log", f"{fp8} {where} and the KV cache"),
-            ("05 gsm8k", "a few MB of answers", f"{bf16} {where} and the KV cache"),
-            ("06 throughput", "a log", f"{bf16} {where} and the KV cache"),
+            ("05 gsm8k", "a few MB of answers", served),
+            ("06 throughput", "a log", served),
         ]
         return pd.DataFrame(rows, columns=["notebook", "writes to disk", "weights in memory"])
 
@@ -63,23 +83,23 @@ class Course:
         """Run the measurements of notebooks 05 and 06 that the ledger lacks for this model."""
         lacking = [e for e in ("gsm8k", "throughput")
                    if any(ledger.latest(e, arm, self.profile.name) is None
-                          for arm in ("bf16", "fp8"))]
+                          for arm in models.arms(self.profile, self.machine))]
         if not lacking:
             return
         print(f"Not in the ledger yet: {', '.join(lacking)}. Measuring now, a few minutes.")
         if "gsm8k" in lacking:
             self.measure_gsm8k()
         if "throughput" in lacking:
-            self._measure_throughput({"bf16": self.base(), "fp8": self.fp8()})
+            self._measure_throughput(self.arms())
 
     def measure_gsm8k(self, limit: int | None = GSM8K_ROWS) -> dict[str, evaluation.Evaluation]:
-        """Both arms on the first `limit` rows, or on all for None, into the ledger; by arm."""
+        """The arms on the first `limit` rows, or on all for None, into the ledger; by arm."""
         flags, scores = serving.default_flags(self.profile, self.path), {}
-        for arm, model in {"bf16": self.base(), "fp8": self.fp8()}.items():
+        for arm, model in self.arms().items():
             with serving.VllmServer(model, flags) as server:
                 scores[arm] = evaluation.run(server, self.profile, arm, limit=limit)
                 self.record("gsm8k", arm, model, kernel=server.kernel,
-                            **evaluation.ledger_row(scores[arm], scores["bf16"]))
+                            **evaluation.ledger_row(scores[arm], scores.get("bf16")))
         return scores
 
     def _measure_throughput(self, arms: dict[str, Path]) -> None:
@@ -93,6 +113,9 @@ class Course:
     def __repr__(self) -> str:
         note = f"\nnote     {self.machine.note}" if self.machine.note else ""
         gpus = ", ".join(gpu.name for gpu in self.machine.gpus) or "none"
+        if models.arms(self.profile, self.machine) == ("fp8",):
+            note += (f"\narms     FP8 alone: bf16 takes {self.profile.bf16_bytes / 1e9:.3g} GB of "
+                     "weights and does not fit; beside FP8 stand the figures published for bf16")
         return (
             f"machine  {self.machine.cpu_model}, {self.machine.cores} cores, "
             f"{self.machine.ram_bytes / 2**30:.0f} GiB RAM; GPU: {gpus}\n"

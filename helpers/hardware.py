@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,9 @@ GB = 10**9
 # 16-bit activations by Marlin kernels from Turing (7.5) on.
 W8A8_CAPABILITY = (8, 9)
 W8A16_CAPABILITY = (7, 5)
+# The oldest driver for each major CUDA, on which all its minor versions run. NVIDIA, CUDA
+# Compatibility, https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
+OLDEST_DRIVER = {12: 525, 13: 580}
 # Instructions that multiply bf16 on a CPU, as /proc/cpuinfo names them.
 BF16_FEATURES = frozenset({"amx_bf16", "avx512_bf16"})
 # What the bundled model's notebooks take: a server and a notebook kernel at once, and their files.
@@ -34,6 +38,7 @@ class Gpu:
     memory_bytes: int
     compute_capability: tuple[int, int]
     driver: str
+    cuda: tuple[int, int] | None = None  # the newest that the driver supports; None: not asked
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Machine:
     disk_free_bytes: int
     os: str
     python: str
-    note: str  # why a GPU that is there is not used; "" otherwise
+    note: str  # why a GPU that is there is not used, or cannot be; "" otherwise
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ def detect(disk_path: Path | None = None) -> Machine:
 
     gpus, note = _gpus()
     model, features = _cpu()
+    note = "; ".join(filter(None, (note, driver_fault(gpus))))
     return Machine(
         gpus=gpus,
         cpu_model=model,
@@ -98,6 +104,8 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
         return (), ""
     try:
         driver = pynvml.nvmlSystemGetDriverVersion()
+        version = pynvml.nvmlSystemGetCudaDriverVersion()  # 1000 major + 10 minor
+        cuda = version // 1000, version % 1000 // 10
         devices = [pynvml.nvmlDeviceGetHandleByIndex(i)
                    for i in range(pynvml.nvmlDeviceGetCount())]
         gpus, uuids = [], []
@@ -106,14 +114,20 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
             # Of a GPU cut into MIG slices, CUDA sees the slices, each with its part of the memory.
             for part in _mig_slices(device) or [device]:
                 gpus.append(Gpu(index, pynvml.nvmlDeviceGetName(part),
-                                pynvml.nvmlDeviceGetMemoryInfo(part).total, capability, driver))
+                                pynvml.nvmlDeviceGetMemoryInfo(part).total, capability, driver,
+                                cuda))
                 uuids.append(pynvml.nvmlDeviceGetUUID(part))
     finally:
         pynvml.nvmlShutdown()
     setting = os.environ.get("CUDA_VISIBLE_DEVICES")
-    seen = tuple(gpus[i] for i in visible(uuids, setting))
-    hidden = len(gpus) - len(seen)
+    indices = visible(uuids, setting)
+    seen, hidden = tuple(gpus[i] for i in indices), len(gpus) - len(indices)
     notes = [f"CUDA_VISIBLE_DEVICES={setting!r} hides {hidden} GPU(s)"] if hidden else []
+    # NVIDIA, Multi-Instance GPU User Guide, "CUDA Device Enumeration": a process gets one slice.
+    slices = tuple(gpus[i] for i in indices if uuids[i].startswith("MIG-"))
+    if slices and len(seen) > 1:
+        seen = slices[:1]
+        notes.append(f"of MIG slices CUDA uses one at a time, here the first: {seen[0].name}")
     if len({(gpu.name, gpu.memory_bytes) for gpu in seen}) > 1:
         best = max(seen, key=lambda g: (g.compute_capability, g.memory_bytes))
         notes.append(f"the GPUs differ, and this plan is for the {best.name}: set CUDA_DEVICE_ORDER"
@@ -135,6 +149,33 @@ def _mig_slices(device) -> list:
         return slices
     except pynvml.NVMLError_NotSupported:
         return []
+
+
+def torch_cuda(environment: Path) -> tuple[int, int] | None:
+    """The CUDA that an environment's torch is built for; None for a CPU build, or without torch.
+
+    Read from torch's own version.py, so that its Python need not be started.
+    """
+    for file in environment.glob("lib/python3*/site-packages/torch/version.py"):
+        built = re.search(r"^cuda\b.*= '(\d+)\.(\d+)", file.read_text(), re.MULTILINE)
+        return (int(built[1]), int(built[2])) if built else None
+    return None
+
+
+def driver_fault(gpus: Sequence[Gpu]) -> str:
+    """Why the driver cannot run the serving environment's torch, and what to do; "" if it can."""
+    needed = torch_cuda(REPO / ".venv-serve")
+    if not gpus or not needed or not gpus[0].cuda or gpus[0].cuda[0] >= needed[0]:
+        return ""
+    driver = OLDEST_DRIVER.get(needed[0])
+    return (f"the NVIDIA driver {gpus[0].driver} supports CUDA up to {_dotted(gpus[0].cuda)}, and "
+            f"vLLM's torch needs CUDA {_dotted(needed)}, so vLLM cannot use the GPU: install "
+            + (f"driver {driver} or newer" if driver else "a driver for it")
+            + ", or leave the GPU out with CUDA_VISIBLE_DEVICES= (empty) and `make setup`")
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return "{}.{}".format(*version)
 
 
 def energy_joules() -> float | None:
@@ -234,7 +275,7 @@ def serving_path(machine: Machine) -> ServingPath:
 
 
 def capability(gpu: Gpu) -> str:
-    return "{}.{}".format(*gpu.compute_capability)
+    return _dotted(gpu.compute_capability)
 
 
 def gpu_path(gpu: Gpu) -> ServingPath:
@@ -258,7 +299,8 @@ def preflight() -> list[Check]:
     path = serving_path(machine)
     gpus = "; ".join(
         f"{gpu.name}, {gpu.memory_bytes / GB:.0f} GB, compute capability "
-        f"{capability(gpu)}, driver {gpu.driver}" for gpu in machine.gpus)
+        f"{capability(gpu)}, driver {gpu.driver}"
+        + (f" (CUDA {_dotted(gpu.cuda)})" if gpu.cuda else "") for gpu in machine.gpus)
     return [
         Check((3, 11) <= sys.version_info[:2] <= (3, 13), "Python",
               f"{machine.python} (3.11 to 3.13 will do)"),
@@ -266,7 +308,8 @@ def preflight() -> list[Check]:
         _enough("RAM", machine.ram_bytes, NEEDED_RAM, "use a larger machine"),
         Check(True, "CPU", f"{machine.cpu_model}, {machine.cores} cores; bf16 products: "
               + (", ".join(sorted(machine.cpu_features & BF16_FEATURES)) or "none")),
-        Check(True, "GPU", gpus or "none" + (f": {machine.note}" if machine.note else "")),
+        Check(not driver_fault(machine.gpus), "GPU",
+              (gpus or "none") + (f": {machine.note}" if machine.note else "")),
         _compiler(path),
         _versions("notebook environment", Path(sys.prefix), NOTEBOOK_PACKAGES),
         _versions("serving environment", REPO / ".venv-serve", SERVING_PACKAGES),

@@ -12,6 +12,7 @@ import io
 from helpers import checkpoint
 
 BF16, FP8, THIRD, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
+ARMS = {"bf16": BF16, "fp8": FP8}
 
 
 def show(figure, alt: str) -> None:
@@ -328,13 +329,13 @@ def detectable_loss(curve) -> None:
 
 
 def concurrency(rounds) -> None:
-    """Throughput and latency of both arms over the number of streams.
+    """Throughput and latency of the arms over the number of streams.
 
     `rounds`: as `throughput.compare` returns it.
     """
     figure, (speed, latency) = _axes(width=10, columns=2)
-    for arm, colour in (("bf16", BF16), ("fp8", FP8)):
-        medians = rounds[rounds["arm"] == arm].groupby("streams").median(numeric_only=True)
+    for arm, of_arm in rounds.groupby("arm"):
+        colour, medians = ARMS[arm], of_arm.groupby("streams").median(numeric_only=True)
         speed.plot(medians.index, medians["output_tok_s"], "o-", color=colour, label=arm)
         for column, style in (("ttft_ms", "s--"), ("tpot_ms", "o-")):
             latency.plot(medians.index, medians[column], style, color=colour,
@@ -351,24 +352,33 @@ def concurrency(rounds) -> None:
     latency.yaxis.set_major_formatter("{x:.0f}")
     latency.set_ylabel("median, ms")
     latency.set_title("and every stream waits longer", loc="left")
-    show(figure, f"Left: tokens per second of bf16 and FP8 for 1 to {medians.index.max()} streams. "
-                 "Right: time to first token and time per output token of both.")
+    show(figure, f"Left: tokens per second of {_names(rounds['arm'].unique())} for 1 to "
+                 f"{medians.index.max()} streams. Right: time to first token and time per output "
+                 "token.")
 
 
 def throughput_rounds(speed) -> None:
-    """Tokens/s of both arms, round by round; `speed`: index round, columns "bf16", "fp8"."""
+    """Tokens/s of the arms, round by round; `speed`: index round, columns "bf16", "fp8", or one."""
     from helpers import statistics
 
     figure, axis = _axes()
-    for arm, colour in (("bf16", BF16), ("fp8", FP8)):
-        axis.plot(speed.index, speed[arm], "o-", color=colour, label=arm)
-        axis.axhline(speed[arm].median(), color=colour, lw=1, ls=":")
+    for arm in speed:
+        axis.plot(speed.index, speed[arm], "o-", color=ARMS[arm], label=arm)
+        axis.axhline(speed[arm].median(), color=ARMS[arm], lw=1, ls=":")
     axis.set_xticks(speed.index)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("round")
     axis.set_ylabel("tokens/s, one stream")
     axis.legend(frameon=False, title="median dotted")
-    ratio = statistics.in_words(statistics.ratio_of_medians(speed["fp8"], speed["bf16"]))
-    axis.set_title(f"One stream, FP8 over bf16: {ratio.split(',')[0].split(' (')[0]}", loc="left")
-    show(figure, f"Tokens per second of bf16 and FP8 over {len(speed)} rounds; FP8 over bf16 is "
-                 f"{ratio}.")
+    title, words = "One stream, FP8 alone", f"Tokens per second of {_names(speed.columns)} over " \
+        f"{len(speed)} rounds"
+    if len(speed.columns) == 2:
+        ratio = statistics.in_words(statistics.ratio_of_medians(speed["fp8"], speed["bf16"]))
+        title = f"One stream, FP8 over bf16: {ratio.split(',')[0].split(' (')[0]}"
+        words += f"; FP8 over bf16 is {ratio}"
+    axis.set_title(title, loc="left")
+    show(figure, f"{words}.")
+
+
+def _names(arms) -> str:
+    return " and ".join({"bf16": "bf16", "fp8": "FP8"}[arm] for arm in arms)

@@ -8,7 +8,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import WorkbookError, checkpoint, hardware, streaming, workspace
+from helpers import WorkbookError, checkpoint, hardware, models, streaming, workspace
+from helpers.hardware import Machine, serving_path
 from helpers.models import Profile
 
 # Beside the weights and config, which save_pretrained writes.
@@ -26,9 +27,11 @@ os.environ.setdefault("COMPRESSED_TENSORS_LOG_DISABLED", "true")
 
 @dataclass(frozen=True)
 class Route:
-    """Whether the shards are streamed, and the sentence that says why or why not."""
+    """Whether the shards are streamed, the RAM that takes in bytes, and the sentence that says why.
+    """
 
     streams: bool
+    ram: int
     why: str
 
 
@@ -67,18 +70,28 @@ def fp8_checkpoint(profile: Profile, base: Path) -> Path:
     return place
 
 
-def route(base: Path, available: int | None = None) -> Route:
-    """Whether `oneshot` can hold the model of `base`, or its shards have to be streamed.
+def route(base: Path) -> Route:
+    """Whether `oneshot` can hold the model of `base`, or its shards have to be streamed."""
+    return route_for(checkpoint.total_bytes(checkpoint.census(base)), hardware.detect())
 
-    `available`: bytes of memory that can still be had; looked up where it is None.
+
+def route_for(weights: int, machine: Machine) -> Route:
+    """`route` of a model with so many bytes of weights on a machine, before the model is there.
+
+    What counts is the RAM that is free now, and whether the GPU, where one is used, could serve the
+    model as it is: where it cannot, nothing needs the whole of it in memory.
     """
-    weights = checkpoint.total_bytes(checkpoint.census(base))
-    available = hardware.available_ram() if available is None else available
-    needed = weights * ONESHOT_MEMORY
+    if not models.fits(weights, machine) and serving_path(machine).device == "cuda":
+        return Route(True, streaming.memory(), f"{weights / 1e9:.3g} GB of weights are more than "
+                     f"the GPU's {models.memory(machine) / 1e9:.3g} GB can serve, so they are not "
+                     "loaded: the model's shards are streamed on the CPU.")
+    needed, available = int(weights * ONESHOT_MEMORY), hardware.available_ram()
     numbers = f"{needed / 1e9:.3g} GB for oneshot, {available / 1e9:.3g} GB of RAM free"
     if needed > available:
-        return Route(True, f"{numbers}: the model does not fit, so its shards are streamed.")
-    return Route(False, f"{numbers}: the model fits, so it is loaded and quantized in place.")
+        return Route(True, streaming.memory(),
+                     f"{numbers}: the model does not fit, so its shards are streamed.")
+    return Route(False, needed,
+                 f"{numbers}: the model fits, so it is loaded and quantized in place.")
 
 
 def stream(base: Path, place: Path) -> Path:
@@ -105,8 +118,8 @@ def save(model, base: Path, place: Path) -> Path:
     The directory appears whole, with its manifest, or not at all (`workspace.building`). Returns
     `place`.
     """
-    base_bytes = checkpoint.total_bytes(checkpoint.census(base))
-    with workspace.building(place, needs_bytes=base_bytes) as partial:
+    written = checkpoint.total_bytes(checkpoint.predict_fp8(checkpoint.census(base)))
+    with workspace.building(place, needs_bytes=written) as partial:
         with quiet():
             model.save_pretrained(partial, save_compressed=True)
         for pattern in TOKENIZER_FILES:

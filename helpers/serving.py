@@ -370,6 +370,8 @@ _REMEDIES = (  # (what the reason says, what to do), first match
      r"larger than the maximum number of tokens|memory",
      "Stop other servers and programs that hold memory, or lower --max-model-len and "
      "--max-num-seqs."),
+    (r"NVIDIA driver on your system is too old|driver version is insufficient",
+     "Run `make preflight` in a terminal: it says which driver is needed."),
     (r"exit code: -4|SIGILL",
      "An instruction was refused, as AMX is before it is permitted: see that the workbook's plugin "
      "is installed in .venv-serve (`make setup`)."),

@@ -8,11 +8,13 @@ have those sums is whole.
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from helpers import WorkbookError
 
@@ -99,14 +101,17 @@ def replace(partial: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_manifest(directory: Path) -> None:
-    """Write MANIFEST.json: for every file its size in bytes and SHA-256; flush all to the disk."""
+def write_manifest(directory: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write MANIFEST.json: for every file its size in bytes and SHA-256; flush all to the disk.
+
+    `known`: sums that were taken when the files were written, by name.
+    """
     files = {}
     for file in sorted(path for path in directory.rglob("*") if path.is_file()):
         if file.name == MANIFEST:
             continue
-        files[str(file.relative_to(directory))] = {
-            "bytes": file.stat().st_size, "sha256": sha256(file)}
+        name = str(file.relative_to(directory))
+        files[name] = {"bytes": file.stat().st_size, "sha256": known.get(name) or sha256(file)}
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
     write_json(directory / MANIFEST, files)
@@ -167,6 +172,14 @@ def sha256(file: Path) -> str:
     """The file's SHA-256 in hexadecimal."""
     with open(file, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def flip_a_bit(file: Path) -> None:
+    """Change the file's last bit, as a failing disk would; other hard links to it keep theirs."""
+    copy = Path(shutil.copyfile(file, f"{file}.copy"))
+    with open(copy, "r+b") as handle, mmap.mmap(handle.fileno(), 0) as content:
+        content[-1] ^= 1
+    copy.replace(file)
 
 
 def write_json(path: Path, content) -> None:

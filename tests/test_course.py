@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import REPO
 
-from helpers import WorkbookError, course, ledger, models, workspace
+from helpers import WorkbookError, course, hardware, ledger, models, streaming, workspace
 
 
 def test_without_a_gpu_the_bundled_model_is_chosen(monkeypatch):
@@ -48,6 +48,53 @@ def test_nothing_is_measured_again_when_the_ledger_has_it(
     assert len(ledger.read()) == 4
 
 
+@pytest.fixture
+def fp8_alone(monkeypatch, tmp_workspace, tiny_fp8):
+    """The bundled model as Phi-4 is to a 24 GB card: FP8 fits and bf16 does not."""
+    monkeypatch.setenv(models.VARIABLE, "tiny-phi4")
+    monkeypatch.setattr(models, "memory", lambda machine: 6_000_000)
+    monkeypatch.setattr(course.quantize, "fp8_checkpoint", lambda profile, base: tiny_fp8)
+    return course.open_course()
+
+
+def test_where_bf16_does_not_fit_fp8_is_served_alone_and_said_so(fp8_alone, tiny_fp8, capsys):
+    assert fp8_alone.arms() == {"fp8": tiny_fp8}
+    assert "FP8 alone: bf16 takes 0.00695 GB of weights and does not fit" in repr(fp8_alone)
+    assert not fp8_alone.compares("throughput")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "Published: " in line and "bf16" in line and "17 tok/s" in line and "32" not in line
+    assert not fp8_alone.compares("gsm8k")
+    assert "0.93 fraction right" in capsys.readouterr().out
+
+
+def test_where_both_fit_both_are_served_and_nothing_is_said(
+    monkeypatch, tmp_workspace, tiny_base, tiny_fp8, capsys
+):
+    monkeypatch.setenv(models.VARIABLE, "tiny-phi4")
+    monkeypatch.setattr(course.quantize, "fp8_checkpoint", lambda profile, base: tiny_fp8)
+    opened = course.open_course()
+    assert list(opened.arms().items()) == [("bf16", tiny_base), ("fp8", tiny_fp8)]
+    assert opened.compares("gsm8k") and "alone" not in repr(opened)
+    assert capsys.readouterr().out == ""
+
+
+def test_where_fp8_is_alone_its_rows_are_all_the_ledger_needs(fp8_alone, tiny_fp8, capsys):
+    for experiment in ("gsm8k", "throughput"):
+        fp8_alone.record(experiment, "fp8", tiny_fp8, work={}, metrics={})
+    fp8_alone.measure_what_is_missing()
+    assert capsys.readouterr().out == "" and len(ledger.read()) == 2
+
+
+def test_where_fp8_is_alone_only_it_is_measured(fp8_alone, monkeypatch, capsys):
+    served = []
+    monkeypatch.setattr(fp8_alone.__class__, "_measure_throughput",
+                        lambda self, arms: served.extend(arms))
+    monkeypatch.setattr(fp8_alone.__class__, "measure_gsm8k",
+                        lambda self: served.extend(self.arms()))
+    fp8_alone.measure_what_is_missing()
+    assert served == ["fp8", "fp8"]
+
+
 def test_the_first_question_is_one_the_model_was_not_trained_on():
     question = course.first_question(models.tiny())
     train = (REPO / "data" / "tiny_gsm8k" / "train.jsonl").read_text().splitlines()
@@ -60,3 +107,39 @@ def test_the_plan_names_every_step_with_disk_and_memory(monkeypatch):
     plan = course.open_course().plan()
     assert list(plan["notebook"].str[:2]) == ["01", "02", "03", "04", "05", "06"]
     assert plan.loc[1, "writes to disk"].endswith("MB")
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(("gpu", "free_ram", "quantizing", "serving", "loading"), [
+    # (GB of GPU memory, GB of RAM free): streaming takes about 1 GB, oneshot 1.6 times 29.3 GB.
+    (80, 200, "46.9 GB RAM", "29.3 GB GPU memory", "29.3 GB GPU memory"),
+    (48, 16, "STREAMED", "29.3 GB GPU memory", "29.3 GB GPU memory"),
+    (24, 16, "STREAMED", "15.7 GB GPU memory", "29.3 GB GPU memory and RAM together"),
+    (24, 200, "STREAMED", "15.7 GB GPU memory", "29.3 GB GPU memory and RAM together"),
+])
+def test_the_plan_of_phi4_is_what_each_machine_will_do(
+    monkeypatch, gpu, free_ram, quantizing, serving, loading
+):
+    card = hardware.Gpu(0, "a GPU", gpu * GB, (8, 9), "580")
+    machine = hardware.Machine((card,), "CPU", 8, frozenset(), 256 * GB, 500 * GB, "", "", "")
+    monkeypatch.setattr(hardware, "available_ram", lambda: free_ram * GB)
+    opened = course.Course(machine, hardware.serving_path(machine), models.PHI4)
+    plan = opened.plan().set_index("notebook")
+    streamed = f"{streaming.memory() / 1e9:.1f} GB RAM, streamed"
+    memory = plan["weights in memory"]
+    assert memory["02 quantize"] == quantizing.replace("STREAMED", streamed)
+    assert streaming.memory() < 6 * GB
+    assert memory["01 load"] == loading and memory["04 serve"].startswith("15.7 GB GPU memory")
+    assert memory["05 gsm8k"] == memory["06 throughput"] == f"{serving} and the KV cache"
+    assert (plan["writes to disk"]["01 load"], plan["writes to disk"]["02 quantize"]) == (
+        "29.3 GB", "15.7 GB")
+
+
+def test_a_cpus_plan_streams_when_its_ram_is_taken(monkeypatch):
+    machine = hardware.Machine((), "CPU", 8, frozenset(), 64 * GB, 500 * GB, "", "", "")
+    opened = course.Course(machine, hardware.serving_path(machine), models.PHI4)
+    for free, streams in ((60, False), (30, True)):
+        monkeypatch.setattr(hardware, "available_ram", lambda free=free: free * GB)
+        assert ("streamed" in opened.plan().loc[1, "weights in memory"]) == streams

@@ -92,6 +92,7 @@ def test_gpus_as_nvml_tells_them(monkeypatch):
     answers = {
         "nvmlInit": lambda: None, "nvmlShutdown": lambda: None,
         "nvmlSystemGetDriverVersion": lambda: "580.95.05",
+        "nvmlSystemGetCudaDriverVersion": lambda: 13010,
         "nvmlDeviceGetCount": lambda: len(cards),
         "nvmlDeviceGetHandleByIndex": lambda i: i,
         "nvmlDeviceGetName": lambda i: cards[i][0],
@@ -103,7 +104,7 @@ def test_gpus_as_nvml_tells_them(monkeypatch):
     }
     for name, answer in answers.items():
         monkeypatch.setattr(pynvml, name, answer)
-    t4 = Gpu(1, "Tesla T4", 16_106_127_360, (7, 5), "580.95.05")
+    t4 = Gpu(1, "Tesla T4", 16_106_127_360, (7, 5), "580.95.05", (13, 1))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found = hardware.detect()
     assert [g.name for g in found.gpus] == [cards[0][0], cards[1][0]]
@@ -133,6 +134,7 @@ def test_a_gpu_in_mig_slices_is_its_slices(monkeypatch):
     answers = {
         "nvmlInit": lambda: None, "nvmlShutdown": lambda: None,
         "nvmlSystemGetDriverVersion": lambda: "580.95.05", "nvmlDeviceGetCount": lambda: 1,
+        "nvmlSystemGetCudaDriverVersion": lambda: 13010,
         "nvmlDeviceGetHandleByIndex": lambda i: "whole",
         "nvmlDeviceGetCudaComputeCapability": lambda i: [8, 0],
         "nvmlDeviceGetMigMode": lambda i: [1, 1],
@@ -147,6 +149,64 @@ def test_a_gpu_in_mig_slices_is_its_slices(monkeypatch):
     (found,) = hardware.detect().gpus
     assert found.name.endswith("(slice 2)") and found.memory_bytes == 10_468_982_784
     assert hardware.gpu_path(found).key == "gpu-w8a16"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    found = hardware.detect()
+    assert [g.name[-9:] for g in found.gpus] == ["(slice 0)"]
+    assert "CUDA uses one at a time" in found.note
+
+
+def serving_environment(repo: Path, cuda: str) -> None:
+    """A .venv-serve with nothing but torch's version.py, in torch's own words."""
+    torch = repo / ".venv-serve" / "lib" / "python3.11" / "site-packages" / "torch"
+    torch.mkdir(parents=True)
+    (torch / "version.py").write_text(
+        f"from typing import Optional\n__version__ = '2.13.0'\ncuda: Optional[str] = {cuda}\n"
+        "git_version = 'cf30153c'\nhip: Optional[str] = None\n")
+
+
+@pytest.mark.parametrize(("built", "supported", "words"), [
+    ("'13.0'", (12, 4), ["550.54.15 supports CUDA up to 12.4", "needs CUDA 13.0",
+                         "install driver 580 or newer", "CUDA_VISIBLE_DEVICES= (empty)"]),
+    ("'12.8'", (11, 8), ["up to 11.8", "needs CUDA 12.8", "driver 525 or newer"]),
+    ("'13.2'", (13, 0), []),  # a minor version behind: it runs
+    ("'12.9'", (13, 0), []),
+    ("None", (12, 4), []),  # the CPU build has no need of a driver
+])
+def test_a_driver_too_old_for_vllms_torch_is_a_sentence(
+        monkeypatch, tmp_path, capsys, built, supported, words):
+    serving_environment(tmp_path, built)
+    monkeypatch.setattr(hardware, "REPO", tmp_path)
+    card = dataclasses.replace(gpu("NVIDIA L4", (8, 9), 24), driver="550.54.15", cuda=supported)
+    fault = hardware.driver_fault((card,))
+    assert bool(fault) == bool(words) and all(word in fault for word in words), fault
+
+    monkeypatch.setattr(hardware, "_gpus", lambda: ((card,), ""))
+    assert hardware.detect().note == fault
+    hardware.main()  # preflight
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.split()[1] == "GPU:")
+    assert line.startswith("[FAIL]" if words else "[OK]") and fault in line
+    assert "driver 550.54.15 (CUDA {}.{})".format(*supported) in line
+
+
+def test_a_machine_without_a_gpu_has_no_driver_to_complain_of():
+    assert hardware.driver_fault(()) == ""
+
+
+def test_this_serving_environments_torch_is_read_as_it_reads_itself():
+    said = subprocess.check_output(
+        [hardware.REPO / ".venv-serve" / "bin" / "python", "-c",
+         "from torch.version import cuda; print(cuda or '')"], text=True).strip()
+    read = hardware.torch_cuda(hardware.REPO / ".venv-serve")
+    assert said == ("{}.{}".format(*read) if read else "")
+
+
+def test_preflight_names_the_gpus_that_differ_and_the_hidden_ones(monkeypatch, capsys):
+    two = dataclasses.replace(machine(gpu("NVIDIA L4", (8, 9), 24), gpu("Tesla T4", (7, 5), 16, 1)),
+                              note="the GPUs differ, and this plan is for the NVIDIA L4")
+    monkeypatch.setattr(hardware, "detect", lambda: two)
+    hardware.main()
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.split()[1] == "GPU:")
+    assert "NVIDIA L4" in line and "Tesla T4" in line and line.endswith(two.note)
 
 
 def test_detect_agrees_with_the_system(tmp_path):

@@ -86,12 +86,6 @@ def test_a_directory_is_a_profile(tiny_base, tmp_path):
     assert models.obtain(profile) == copy
 
 
-def flip(file):
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-
-
 @pytest.mark.parametrize("damage, says", [
     (lambda d: (d / "config.json").unlink(), "no config.json"),
     (lambda d: (d / "config.json").write_text("{"), "not JSON"),
@@ -100,7 +94,7 @@ def flip(file):
     (lambda d: (d / "model.safetensors").unlink(), "no safetensors"),
     (lambda d: (d / "model.safetensors").write_bytes(
         (d / "model.safetensors").read_bytes()[:-9]), "its header announces"),
-    (lambda d: flip(d / "model.safetensors"), "has changed since it was written"),
+    (lambda d: workspace.flip_a_bit(d / "model.safetensors"), "has changed since it was written"),
 ])
 def test_a_directory_that_is_no_usable_model_is_refused(tiny_base, tmp_path, damage, says):
     copy = shutil.copytree(tiny_base, tmp_path / "mine")

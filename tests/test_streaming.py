@@ -1,5 +1,7 @@
 """Streaming against `model_free_ptq` and `oneshot`, byte for byte; killed, disturbed, at size."""
 
+import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -62,6 +64,42 @@ def test_a_block_of_one_row_makes_the_same_bytes(sharded, tmp_path, monkeypatch)
     assert workspace.fingerprint(cut) == workspace.fingerprint(whole)
 
 
+def test_the_short_way_makes_the_same_codes_of_every_bf16_number():
+    """Rows of widely different scale, so that all exponents occur; and no way back from E4M3."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from helpers import streaming
+
+    class FromE4M3(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default:
+                self.count += args[0].dtype == torch.float8_e4m3fn
+            return out
+
+    bits = torch.arange(0x7F80, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    finite = torch.cat([bits, -bits])[torch.randperm(2 * len(bits))]
+    weight = torch.cat([finite.reshape(-1, 32),  # each row as it comes, and sorted by magnitude
+                        finite[finite.abs().float().argsort()].reshape(-1, 32)])
+    converter = streaming._converter()
+    made, ways_back = [], []
+    for way in (contextlib.nullcontext(), streaming._short_way()):
+        with way, FromE4M3() as casts:
+            made.append(converter.process({"a.weight": weight}))
+        ways_back.append(casts.count)
+    assert ways_back == [1, 0]
+    for name in ("a.weight", "a.weight_scale"):
+        assert torch.equal(*(each[name].view(torch.uint8) for each in made)), name
+
+
+def test_the_sums_taken_while_writing_are_those_of_the_files(sharded, tmp_path):
+    made = quantize.stream(sharded, tmp_path / "made")
+    for name, entry in workspace.read_manifest(made).items():
+        assert entry["sha256"] == hashlib.sha256((made / name).read_bytes()).hexdigest()
+
+
 def test_the_tensors_are_oneshots_to_the_bit(tiny_base, tiny_fp8, tmp_path):
     made = quantize.stream(tiny_base, tmp_path / "made")
     ours, theirs = (load_file(d / "model.safetensors") for d in (made, tiny_fp8))
@@ -88,10 +126,15 @@ def test_an_embedding_that_was_not_ignored_is_found_out(sharded, tmp_path):
         checkpoint.verify_fp8(sharded, wrong)
 
 
-def test_the_way_is_chosen_by_the_memory_that_is_free(tiny_base):
+def test_the_way_is_chosen_by_the_memory_that_is_free(tiny_base, monkeypatch):
+    from helpers import hardware
+
     weights = models.tiny().bf16_bytes
-    assert not quantize.route(tiny_base, 2 * weights).streams
-    small = quantize.route(tiny_base, weights)
+    monkeypatch.setattr(hardware, "available_ram", lambda: 2 * weights)
+    fits = quantize.route(tiny_base)
+    assert not fits.streams and fits.ram == int(1.6 * weights)
+    monkeypatch.setattr(hardware, "available_ram", lambda: weights)
+    small = quantize.route(tiny_base)
     assert small.streams and "the model does not fit, so its shards are streamed" in small.why
 
 
@@ -181,6 +224,9 @@ def test_the_full_size_proof_at_a_hundredth(tmp_path):
     assert 29_319_014_400 / 130 < result["bytes bf16"] < 29_319_014_400 / 80
     assert result["bytes FP8"] == checkpoint.total_bytes(checkpoint.predict_fp8(planned))
     assert result["modules re-derived"] == 20
+    from helpers import streaming
+
+    assert streaming.memory() / 2 < result["peak bytes"] < streaming.memory()
     assert not (tmp_path / "proof").exists()
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 
@@ -23,6 +24,16 @@ def test_a_built_directory_is_whole_and_its_sums_are_those_of_sha256(tmp_path):
     entry = workspace.read_manifest(tmp_path / "model")["weights"]
     assert entry == {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_flipped_bit_is_found_and_the_file_it_was_linked_to_keeps_its_own(tmp_path):
+    make(tmp_path / "model", weights="abc", config="{}")
+    shutil.copytree(tmp_path / "model", tmp_path / "copy", copy_function=os.link)
+    workspace.flip_a_bit(tmp_path / "copy" / "weights")
+    assert (tmp_path / "copy" / "weights").read_bytes() == b"abb"
+    with pytest.raises(WorkbookError, match="weights has changed since it was written"):
+        workspace.verify(tmp_path / "copy")
+    workspace.verify(tmp_path / "model")
 
 
 def test_an_error_inside_leaves_the_old_directory_and_nothing_else(tmp_path):
