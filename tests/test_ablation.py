@@ -1,13 +1,15 @@
 """Formats inside the model, against helpers.fp8, loops, scipy and a model changed by hand."""
 
+import dataclasses
 import json
 import math
 
+import nbformat
 import pytest
 import torch
 from scipy.stats import entropy
 
-from helpers import ablation, fp8
+from helpers import ablation, course, fp8, models, workspace
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +146,16 @@ def test_problems_are_solved_as_transformers_answers_them_one_by_one(tiny_base):
     assert (table["low"] < table["accuracy"]).all() and (table["high"] > table["accuracy"]).all()
     with ablation.applied(model, ablation.linears(model), weight=lambda _, w: w * 0):
         assert not any(ablation.solved(model, tokenizer, rows))
+
+
+@pytest.mark.parametrize("nbytes, expected", [(7_000_000, "own"), (29_319_014_400, "tiny-phi4")])
+def test_notebook_03_takes_the_bundled_model_for_one_too_large_for_float32(nbytes, expected):
+    """The cell itself, with a course whose model is small and one whose model is Phi-4's size."""
+    nb = nbformat.read(workspace.repo() / "notebooks" / "03_inspect_the_scales.ipynb", 4)
+    cell = next(cell.source for cell in nb.cells if "small = phi4.profile" in cell.source)
+    tiny = models.PROFILES["tiny-phi4"]
+    profile = dataclasses.replace(tiny, name="own", bf16_bytes=nbytes)
+    scope = {"course": course, "phi4": course.Course(None, None, profile)}
+    exec(cell, scope)
+    assert scope["subject"].profile.name == expected
+    assert scope["model"].config.num_hidden_layers == 4 and len(scope["texts"]) == 8

@@ -11,6 +11,7 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import browser
 import environments
 import pytest
 from environments import Environment, SetupError
@@ -258,3 +259,42 @@ def test_the_cpu_build_of_torch_comes_from_find_links_first(tmp_path, capsys):
     wheel(tmp_path, "2.13.0+cpu")
     assert environments.torch_build(uv, environ, python, gpu=False) == ["torch==2.13.0+cpu"]
     assert "find-links" in capsys.readouterr().out
+
+
+# --- the browser's tests --------------------------------------------------------------------------
+
+APT = """#!/bin/sh
+echo "$@" >> {log}
+[ "$1" = update ] || printf '#!/bin/sh\\n' > {folder}/chromium && /bin/chmod +x {folder}/chromium
+"""
+
+
+def fake_apt(folder: Path, script: str) -> Path:
+    """An apt-get that only notes what it was asked; the real one would change this machine."""
+    log = folder / "log"
+    apt = folder / "apt-get"
+    apt.write_text(script.format(log=log, folder=folder))
+    apt.chmod(0o755)
+    return log
+
+
+def test_chromium_is_installed_by_root_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with pytest.raises(SetupError, match="no Chromium.* apt install chromium"):
+        browser.chromium()  # no apt-get either
+    log = fake_apt(tmp_path, APT)
+    assert browser.chromium() == str(tmp_path / "chromium")
+    assert log.read_text() == "update\ninstall -y --no-install-recommends chromium\n"
+    assert browser.chromium() == str(tmp_path / "chromium") and log.read_text().count("\n") == 2
+
+
+def test_chromium_that_cannot_be_installed_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    fake_apt(tmp_path, "#!/bin/sh\necho 'E: Unable to locate package' >&2\nexit 100\n")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with pytest.raises(SetupError, match="Unable to locate package.* apt install chromium"):
+        browser.chromium()
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(SetupError, match="There is no Chromium"):
+        browser.chromium()
