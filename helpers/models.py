@@ -177,16 +177,20 @@ def obtain(profile: Profile) -> Path:
 
 def _download(profile: Profile) -> Path:
     import httpx
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import constants, errors, file_download, snapshot_download
 
     what = {"repo_id": profile.repo, "revision": profile.revision, "allow_patterns": HUB_FILES}
     try:
         return Path(snapshot_download(**what, local_files_only=True))
     except (errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError):
         pass  # not in the cache, or not all of it
-    workspace.require_disk(Path(constants.HF_HUB_CACHE), profile.bf16_bytes,
+    cache = Path(constants.HF_HUB_CACHE)
+    folder = file_download.repo_folder_name(repo_id=profile.repo, repo_type="model")
+    blobs = cache / folder / "blobs"
+    workspace.require_disk(cache, profile.bf16_bytes - _bytes_in(blobs),
                            f"Downloading {profile.repo}")
     try:
+        _fetch_weights(profile, cache, blobs)
         snapshot = Path(snapshot_download(**what))
     except errors.GatedRepoError as error:
         raise _unobtainable(profile, "its owner asks for an agreement first",
@@ -199,6 +203,39 @@ def _download(profile: Profile) -> Path:
         raise _unobtainable(profile, *_why(error)) from error
     _check_sums(profile, snapshot)
     return snapshot
+
+
+def _bytes_in(blobs: Path) -> int:
+    """What is in the cache already, whole files and pieces."""
+    return sum(f.stat().st_size for f in blobs.iterdir()) if blobs.is_dir() else 0
+
+
+def _fetch_weights(profile: Profile, cache: Path, blobs: Path) -> None:
+    """Put the safetensors into the hub's cache, each taken up where it was left, one by one.
+
+    huggingface_hub 1.33 begins a file anew whenever its process has ended, and a shard of Phi-4 is
+    5 GB. So the large files are fetched here, by its own functions and under its own locks, and
+    `snapshot_download` then finds them in the cache.
+    """
+    from huggingface_hub import HfApi, file_download, hf_hub_url
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+
+    locks = cache / ".locks" / blobs.parent.name
+    for folder in (blobs, locks):
+        folder.mkdir(parents=True, exist_ok=True)
+    for entry in HfApi().list_repo_tree(profile.repo, revision=profile.revision):
+        if not entry.path.endswith(".safetensors") or not entry.lfs:
+            continue
+        blob, piece = (blobs / f"{entry.lfs.sha256}{end}" for end in ("", ".workbook.incomplete"))
+        with WeakFileLock(locks / f"{blob.name}.lock"):
+            if blob.exists():
+                continue
+            with open(piece, "ab") as content:
+                file_download.http_get(
+                    hf_hub_url(profile.repo, entry.path, revision=profile.revision), content,
+                    resume_size=content.tell(), headers=build_hf_headers(),
+                    expected_size=entry.lfs.size, displayed_filename=entry.path)
+            piece.rename(blob)
 
 
 def _why(error: BaseException) -> tuple[str, str]:

@@ -22,6 +22,8 @@ class Hub:
     files: dict[str, bytes]
     fault: str = ""
     cut: dict[str, int] = field(default_factory=dict)  # path: bytes after which GET breaks, once
+    hold: dict[str, int] = field(default_factory=dict)  # path: bytes after which GET hangs, once
+    fetched: list[str] = field(default_factory=list)  # the paths whose content was asked for
     flip: set[str] = field(default_factory=set)  # paths whose last byte is sent wrong
     ranges: list[str] = field(default_factory=list)  # the Range headers that were asked for
     asked: list[str] = field(default_factory=list)  # every request's path
@@ -32,6 +34,13 @@ def etag(content: bytes, path: str) -> str:
     if path.endswith(".safetensors"):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
+
+
+def large(path: str, content: bytes) -> dict:
+    """What the tree of a repository says besides of a file that is kept outside git."""
+    if not path.endswith(".safetensors"):
+        return {}
+    return {"lfs": {"oid": etag(content, path), "size": len(content), "pointerSize": 134}}
 
 
 @contextlib.contextmanager
@@ -57,8 +66,8 @@ def serve(hub: Hub) -> Iterator[Hub]:
                     "busy": (429, ""), "broken": (503, "")}[hub.fault])
             if path.startswith("/api/"):
                 # both the info of a revision and, below it, the tree of its files
-                entries = [{"type": "file", "path": n, "size": len(c), "oid": etag(c, n)}
-                           for n, c in hub.files.items()]
+                entries = [{"type": "file", "path": n, "size": len(c), "oid": etag(c, "")}
+                           | large(n, c) for n, c in hub.files.items()]
                 info = {"_id": "1", "id": hub.repo, "modelId": hub.repo, "sha": hub.revision,
                         "private": False, "tags": [], "downloads": 0, "likes": 0,
                         "siblings": [{"rfilename": name} for name in hub.files]}
@@ -85,7 +94,13 @@ def serve(hub: Hub) -> Iterator[Hub]:
                 headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
                 content, status = content[first:], 206
             cut = hub.cut.pop(name, None) if body else None
-            self.send(content, body, headers, status, cut)
+            hold = hub.hold.pop(name, None) if body else None
+            if body:
+                hub.fetched.append(name)
+            self.send(content, body, headers, status, cut or hold)
+            if hold is not None:
+                self.wfile.flush()
+                self.rfile.read(1)  # returns when the client is gone
 
         def send(self, content, body, headers, status=200, cut=None):
             self.send_response(status)

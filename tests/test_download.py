@@ -1,14 +1,18 @@
 """Downloads by the real huggingface_hub client from a hub on localhost, with faults."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from conftest import REPO
-from local_hub import Hub, serve
+from local_hub import Hub, etag, serve
 from safetensors.torch import save
+
+from helpers import models
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 PROGRAM = """
@@ -31,12 +35,15 @@ def hub(tiny_base):
         yield server
 
 
+def settings(hub, home) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    return clean | {"HF_HOME": str(home), "HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
+
+
 def obtain(hub, home, **environment) -> str:
     """What `models.obtain` says in a process of its own, as the client reads its settings once."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     done = subprocess.run([sys.executable, "-c", PROGRAM, SHA], capture_output=True, text=True,
-                          cwd=REPO, env=clean | {"HF_HOME": str(home), "HF_ENDPOINT": hub.url,
-                                                 "HF_HUB_DOWNLOAD_TIMEOUT": "5"} | environment)
+                          cwd=REPO, env=settings(hub, home) | environment)
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout
 
@@ -63,6 +70,40 @@ def test_a_transfer_that_breaks_goes_on_where_it_was(hub, tmp_path):
     assert obtain(hub, tmp_path).startswith("path ")
     assert hub.ranges == [f"bytes={10 * 2**20}-"]
     assert (snapshot(tmp_path) / "large.safetensors").read_bytes() == large
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_download_that_was_ended_asks_for_the_missing_bytes_alone(hub, tmp_path, how):
+    large = save({"numbers": torch.arange(6_000_000, dtype=torch.float32)})
+    hub.files["large.safetensors"] = large
+    hub.hold["large.safetensors"] = 15_000_000
+    running = subprocess.Popen([sys.executable, "-c", PROGRAM, SHA], cwd=REPO,
+                               stderr=subprocess.DEVNULL,
+                               env=settings(hub, tmp_path) | {"HF_HUB_DOWNLOAD_TIMEOUT": "60"})
+    blobs = tmp_path / "hub" / "models--some--model" / "blobs"
+
+    def half_way() -> list[int]:
+        return [piece.stat().st_size for piece in blobs.glob("*.incomplete")]
+
+    deadline = time.monotonic() + 60
+    while half_way() != [10 * 2**20] and time.monotonic() < deadline:  # the client's buffer
+        time.sleep(0.05)
+    running.send_signal(how)
+    assert running.wait(timeout=20) != 0
+    (kept,) = half_way()
+    assert 10 * 2**20 <= kept < len(large)
+    whole = [file for file in blobs.iterdir() if file.suffix != ".incomplete"]
+    assert [file.read_bytes() for file in whole] == [hub.files["model.safetensors"]]
+    assert models._bytes_in(blobs) == kept + len(hub.files["model.safetensors"])
+
+    hub.fetched.clear()
+    assert obtain(hub, tmp_path) == f"path {snapshot(tmp_path)}\n"
+    assert hub.ranges == [f"bytes={kept}-"] and "model.safetensors" not in hub.fetched
+    for name in hub.files.keys() - {"pytorch_model.bin"}:
+        arrived = (snapshot(tmp_path) / name).resolve()
+        assert arrived.read_bytes() == hub.files[name]
+        assert arrived.name == etag(hub.files[name], name)  # the sum that `obtain` held it to
+    assert half_way() == []
 
 
 def test_a_file_damaged_on_the_way_is_found_removed_and_fetched_again(hub, tmp_path):
