@@ -124,10 +124,12 @@ def test_elsewhere_it_does_nothing(measured):
 
 
 def test_a_vllm_that_has_moved_is_one_line_and_vllms_own_kernel(measured):
-    found = measured["registration"]
-    [(level, text)] = found["moved said"]
-    assert level == "WARNING" and vllm_cpu.CHECKED_VLLM in text and "_POSSIBLE_FP8" in text
-    assert found["moved"] == found["stock"]
+    moved = measured["registration"]["moved"]
+    assert len(moved) == 4 + measured["op"]
+    for name, found in moved.items():
+        [(level, text)] = found["said"]
+        assert level == "WARNING" and vllm_cpu.CHECKED_VLLM in text and name in text
+        assert found["kernels"] == measured["registration"]["stock"], name
 
 
 def test_another_version_is_said_in_one_line(measured):

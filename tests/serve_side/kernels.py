@@ -63,11 +63,13 @@ def per_token(x: torch.Tensor) -> torch.Tensor:
 
 
 def errors(numerics: str, shape: tuple[int, int], rows: int, with_bias=False,
-           scale_dtype=torch.float32) -> dict:
+           scale_dtype=torch.float32, pruned=False) -> dict:
     weight = codes(*shape)
+    if pruned:  # nine of ten weights are zero, and activations have a mean
+        weight.view(torch.uint8)[torch.rand(*shape) < 0.9] = 0
     scale = ((torch.rand(shape[0], 1) + 0.5) * 1e-3).to(scale_dtype)
     bias = torch.randn(shape[0]).bfloat16() if with_bias else None
-    x = torch.randn(rows, shape[1]).bfloat16()
+    x = (torch.randn(rows, shape[1]) + 10 * pruned).bfloat16()
     kernel = selected(shape)
     layer = layer_of(weight, scale)
     kernel.process_weights_after_loading(layer)
@@ -101,6 +103,7 @@ def accuracy(numerics: str) -> dict:
     measured["4096 rows, odd"] = errors(numerics, ODD["odd both"], 4096)
     measured["bias"] = errors(numerics, (384, 256), 7, with_bias=True)
     measured["bias, odd"] = errors(numerics, (33, 70), 7, with_bias=True)
+    measured["pruned"] = errors(numerics, (384, 256), 7, pruned=True)
     measured["bf16 scales"] = errors(numerics, (384, 256), 7, scale_dtype=torch.bfloat16)
     return measured
 
@@ -171,12 +174,24 @@ def registration() -> dict:
     found["elsewhere"], found["elsewhere asked for AMX"] = names(), len(asked)
     platforms.current_platform = cpu
 
-    with messages() as said:  # a vLLM in which the list has another name
-        moved = linear._POSSIBLE_FP8_KERNELS
-        del linear._POSSIBLE_FP8_KERNELS
-        vllm_cpu.register()
-        linear._POSSIBLE_FP8_KERNELS = moved
-    found["moved"], found["moved said"] = names(), said
+    found["moved"] = {}
+    for name in ("FP8ScaledMMLinearKernel", "register_linear_kernel", "_POSSIBLE_FP8_KERNELS"):
+        with messages() as said:  # a vLLM in which this has another name
+            moved = getattr(linear, name)
+            delattr(linear, name)
+            vllm_cpu.register()
+            setattr(linear, name, moved)
+        found["moved"][name] = {"kernels": names(), "said": said}
+    if vllm_cpu._has_packed_gemm():
+        with messages() as said:  # one whose op packs weights in another order
+            packing = vllm_cpu.pack
+            vllm_cpu.pack = lambda weight: packing(weight.flip(0))
+            vllm_cpu.register()
+            vllm_cpu.pack = packing
+        found["moved"]["other products"] = {"kernels": names(), "said": said}
+    with messages() as said:  # one whose layers are described by other names
+        fits = vllm_cpu.kernel_class("w8a8").can_implement(object())[0]
+    found["moved"]["weight_quant_key"] = {"kernels": stock if not fits else [], "said": said}
 
     asked.clear()
     with messages() as said:
