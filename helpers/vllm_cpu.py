@@ -1,4 +1,4 @@
-"""The vLLM plugin that makes FP8_DYNAMIC checkpoints usable on a CPU.
+r"""The vLLM plugin that makes FP8_DYNAMIC checkpoints usable on a CPU.
 
 vLLM finds `register` through the entry point `vllm.general_plugins` and calls it in each of its
 processes. Where there is a GPU it does nothing. On a CPU it does two things.
@@ -18,6 +18,44 @@ w8a8    FP8 weights, activations quantized to FP8 per token, exact products, flo
 
 Nothing of vLLM is patched: the kernel goes through `register_linear_kernel` and vLLM's kernel
 classes. Only its place in vLLM's list is changed, in `_register_kernel`.
+
+For vLLM's maintainers
+----------------------
+The faults that this plugin is around, each as it can be seen without it (VLLM_PLUGINS='').
+
+SIGILL on a CPU with AMX. `cpu_attn` uses AMX tiles, which Linux grants a process only after
+`arch_prctl(ARCH_REQ_XCOMP_PERM)`; oneDNN asks for it, but may not have run when a short prompt
+reaches the attention first:
+
+    VLLM_PLUGINS='' python -m vllm.entrypoints.openai.api_server --model MODEL --dtype bfloat16 \
+        --enforce-eager --served-model-name m
+    curl localhost:8000/v1/completions -H 'Content-Type: application/json' \
+        -d '{"model": "m", "prompt": [5, 6], "max_tokens": 3}'
+
+The worker ends with "Worker proc died unexpectedly (exit code: -4)". `torch.cpu._init_amx()` at the
+worker's start cures it.
+
+Per-channel FP8 falls back to a reference loop. The only kernel for dynamic per-token activations
+and per-channel weights ends in `torch._scaled_mm`, for which oneDNN has no other implementation
+than `ref` on a CPU without AMX-FP8; ONEDNN_VERBOSE=1 names it:
+
+    import torch
+    a, b = torch.randn(1, 5120), torch.randn(5120, 5120)
+    a8, b8, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), torch.ones(())
+    torch._scaled_mm(a8, b8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+
+`python -m helpers.vllm_cpu 5120 5120` times it beside the others. `torch.ops._C.fp8_scaled_mm_cpu`,
+which vLLM already builds, does the work at the speed of the memory: with `convert_weight_packed`,
+unit block scales, and the channel's scale multiplied afterwards.
+
+That op reads subnormal codes, zero among them, as normal numbers (`packs_exactly`). This prints
+tensor([[1., ...]]), where it should print zeros:
+
+    import torch, vllm._custom_ops
+    zeros = torch.zeros(32, 128).to(torch.float8_e4m3fn)
+    print(torch.ops._C.fp8_scaled_mm_cpu(
+        torch.ones(1, 128).bfloat16(), torch.ops._C.convert_weight_packed(zeros),
+        torch.ones(1, 1), [32, 128], None, torch.bfloat16, True))
 """
 
 from __future__ import annotations
@@ -33,6 +71,8 @@ if TYPE_CHECKING:
 CHECKED_VLLM = "0.32.0"
 VARIABLE = "PHI4_FP8_CPU_NUMERICS"
 NUMERICS = ("w8a16", "w8a8")
+MOVED = ("The CPU FP8 kernel was written for vLLM %s and does not fit this one (%s: %s); vLLM's "
+         "own, much slower kernel is used instead.")
 
 # The rows and columns of the packed weight come in tiles of 32, and activations are bfloat16:
 # vLLM's op aborts the process on anything else. 128 is its fixed block of K for the
@@ -57,7 +97,7 @@ def register() -> None:
     not where it was in the version this was checked against is one warning, and vLLM's own
     behaviour.
     """
-    logger = logging.getLogger("vllm.phi4_fp8_cpu")  # below "vllm", whose handlers vLLM sets up
+    logger = _logger()
     wanted = requested_numerics()
     try:
         from vllm.platforms import current_platform
@@ -65,18 +105,20 @@ def register() -> None:
         if not current_platform.is_cpu():
             return
         _permit_amx()
+        if _has_packed_gemm():
+            _try_packed_gemm()
         kernel = kernel_class(wanted or ("w8a16" if _has_packed_gemm() else "w8a8"))
         _register_kernel(kernel)
         _warn_of_other_version(logger)
-    except (ImportError, AttributeError, KeyError, TypeError) as moved:
-        logger.warning(
-            "The CPU FP8 kernel was written for vLLM %s and does not fit this one (%s: %s); "
-            "vLLM's own, much slower kernel is used instead.",
-            CHECKED_VLLM, type(moved).__name__, moved,
-        )
+    except (ImportError, AttributeError, KeyError, TypeError, RuntimeError) as moved:
+        logger.warning(MOVED, CHECKED_VLLM, type(moved).__name__, moved)
         return
     logger.info("FP8 linear layers on this CPU: %s (%s).", kernel.__name__,
                 VARIABLE if wanted else "the default for this CPU")
+
+
+def _logger() -> logging.Logger:
+    return logging.getLogger("vllm.phi4_fp8_cpu")  # below "vllm", whose handlers vLLM sets up
 
 
 def requested_numerics(environ: dict | None = None) -> str | None:
@@ -110,6 +152,17 @@ def _has_packed_gemm() -> bool:
     import vllm._custom_ops  # noqa: F401  loads the build that fits this CPU
 
     return hasattr(torch.ops._C, "fp8_scaled_mm_cpu")
+
+
+def _try_packed_gemm() -> None:
+    """Raise RuntimeError where vLLM's W8A16 GEMM is called, or orders weights, in another way."""
+    import torch
+
+    weight = torch.arange(64 * 96).remainder(0x7F - 8).add(8).to(torch.uint8)  # normal numbers
+    weight = weight.view(torch.float8_e4m3fn).view(64, 96)
+    x = torch.eye(3, 96, dtype=torch.bfloat16)
+    if not packed_product(x, pack(weight)).float().equal(weight[:, :3].t().float()):
+        raise RuntimeError("fp8_scaled_mm_cpu gives other products")
 
 
 def _register_kernel(kernel: type) -> None:
@@ -147,6 +200,23 @@ def can_pack(rows: int, columns: int, dtype: torch.dtype) -> bool:
             and columns % _TILE == 0)
 
 
+def packs_exactly(weight: torch.Tensor) -> bool:
+    """Whether vLLM's W8A16 GEMM reads this [N, K] weight as it is, to bf16's own precision.
+
+    The op of vLLM 0.32 takes subnormal codes for normal numbers: m * 2^-9, zero included, is read
+    as 2^-7 + m * 2^-10. Of weights scaled to 448 about one in ten thousand is as small, and nothing
+    shows; where a row's sum of errors may reach 2^-9 of its sum of magnitudes (a pruned layer's
+    does), the weight must not be packed.
+    """
+    step = max(1, _UPCAST_WEIGHTS // weight.shape[1])
+    for rows in weight.split(step):
+        magnitude = upcast(rows).abs()
+        wrong = (magnitude < 2.0**-6 / _FLOAT16_READING).sum(1) * 2.0**-7
+        if bool((wrong > magnitude.sum(1) * (_FLOAT16_READING * 2.0**-9)).any()):
+            return False
+    return True
+
+
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """The [N, K] float8_e4m3fn weight in the order vLLM's W8A16 GEMM reads it; once, at loading."""
     import torch
@@ -155,7 +225,14 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def packed_product(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-    """x [M, K] times packed codes [N, K], no scale: [M, N] in x's dtype, summed in float32."""
+    """x [M, K] times packed codes [N, K], no scale: [M, N] in x's dtype, summed in float32.
+
+    For every M. Unpacking to bf16, whole or by block, and multiplying then was slower up to
+    M = 2048, where it comes within 4 to 10 % (Zen 4, 2 cores, 1536 x 256 to 5120 x 5120): torch
+    unpacks a code in several passes, the op in registers. Against oneDNN's bf16 product this one
+    is 2 to 2.7 times as fast at M = 1 and 5120 x 5120, 0.75 to 0.95 times at M = 8 to 16, where
+    unpacking is all there is to wait for, and 0.9 to 1.0 times from M = 64 on.
+    """
     import torch
 
     rows, columns = packed.shape[0], x.shape[1]
@@ -232,6 +309,14 @@ def kernel_class(numerics: str) -> type:
 
         @classmethod
         def can_implement(cls, c):
+            try:
+                return cls._fits(c)
+            except AttributeError as moved:
+                _logger().warning(MOVED, CHECKED_VLLM, type(moved).__name__, moved)
+                return False, f"vLLM describes a layer in another way ({moved})."
+
+        @classmethod
+        def _fits(cls, c):
             if c.weight_quant_key.dtype != torch.float8_e4m3fn:
                 return False, "requires float8_e4m3fn weights."
             if not c.weight_quant_key.scale.group_shape.is_per_channel():
@@ -246,7 +331,8 @@ def kernel_class(numerics: str) -> type:
             weight = layer.weight.t().contiguous()
             if bool(((weight.view(torch.uint8) & 0x7F) == 0x7F).any()):
                 raise ValueError("An FP8 weight of this checkpoint is NaN: quantize it again.")
-            self.packed = numerics == "w8a16" and can_pack(*weight.shape, self.config.input_dtype)
+            self.packed = (numerics == "w8a16" and packs_exactly(weight)
+                           and can_pack(*weight.shape, self.config.input_dtype))
             weight = pack(weight) if self.packed else weight
             scale = layer.weight_scale.to(torch.float32).reshape(-1).contiguous()
             layer.weight = torch.nn.Parameter(weight, requires_grad=False)
@@ -278,3 +364,79 @@ def kernel_class(numerics: str) -> type:
             return scaled(product, layer.weight_scale * x_scale, bias, x.dtype)
 
     return {"w8a16": CpuFp8W8A16LinearKernel, "w8a8": CpuFp8W8A8LinearKernel}[numerics]
+
+
+# One layer, timed: what notebook 04 shows.
+
+
+def layer_times(rows: int, columns: int):
+    """Milliseconds for one token through one [rows, columns] layer, by kernel, on this CPU.
+
+    A DataFrame with columns kernel, numerics and ms (medians): vLLM's own choice without this
+    plugin, the two with it, and bf16 as vLLM computes it. Runs in the serving environment.
+    """
+    import json
+    import subprocess
+
+    import pandas as pd
+
+    from helpers import WorkbookError, serving
+
+    ran = subprocess.run([serving.serve_python(), "-m", "helpers.vllm_cpu", str(rows),
+                          str(columns)], capture_output=True, text=True,
+                         env={**os.environ, **serving.ENVIRONMENT})
+    if ran.returncode != 0:
+        raise WorkbookError("The kernels could not be timed.",
+                            (ran.stderr.strip().splitlines() or ["no reason was given"])[-1],
+                            "See that `make setup` has run, then try again.")
+    return pd.DataFrame(json.loads(ran.stdout.splitlines()[-1]))
+
+
+def _time_layer(rows: int, columns: int) -> list[dict]:
+    """The rows of `layer_times`, in the serving environment's Python."""
+    import statistics
+    import time
+
+    import torch
+    from vllm import _custom_ops as ops
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.kernels.linear import init_fp8_linear_kernel
+    from vllm.model_executor.layers.quantization.utils import quant_utils as keys
+
+    def milliseconds(compute, limit: int = 50) -> float:
+        took = []
+        while len(took) < limit and sum(took) < 1000 or len(took) < 2:
+            begun = time.perf_counter()
+            compute()
+            took.append(1000 * (time.perf_counter() - begun))
+        return statistics.median(took[1:])  # the first one makes oneDNN's primitive
+
+    x = torch.randn(1, columns).bfloat16()
+    codes = torch.randn(rows, columns).to(torch.float8_e4m3fn)
+    handler = ops.create_onednn_mm(codes.to(torch.bfloat16).t(), 1)
+    found = [{"kernel": "oneDNN", "numerics": "bf16",
+              "ms": milliseconds(lambda: ops.onednn_mm(handler, x, None))}]
+    for numerics in ("stock", *NUMERICS):
+        if numerics != "stock":
+            os.environ[VARIABLE] = numerics
+            register()
+        with set_current_vllm_config(VllmConfig()):
+            kernel = init_fp8_linear_kernel(
+                activation_quant_key=keys.kFp8DynamicTokenSym,
+                weight_quant_key=keys.kFp8StaticChannelSym, input_dtype=torch.bfloat16,
+                out_dtype=torch.bfloat16, weight_shape=(rows, columns))
+        layer = torch.nn.Module()
+        layer.weight = torch.nn.Parameter(codes.t(), requires_grad=False)
+        layer.weight_scale = torch.nn.Parameter(torch.full((rows, 1), 1e-3), requires_grad=False)
+        kernel.process_weights_after_loading(layer)
+        found.append({"kernel": type(kernel).__name__,
+                      "numerics": "w8a8" if numerics == "stock" else numerics,
+                      "ms": milliseconds(lambda k=kernel, on=layer: k.apply_weights(on, x))})
+    return found
+
+
+if __name__ == "__main__":
+    import json
+    import sys
+
+    print(json.dumps(_time_layer(int(sys.argv[1]), int(sys.argv[2]))))

@@ -60,7 +60,7 @@ def test_other_work_than_asked_for_is_refused(change):
 
 
 def test_the_arms_take_turns_in_going_first():
-    order = throughput._order(["bf16", "fp8"], 4)
+    order = throughput.order(["bf16", "fp8"], 4)
     assert [number for number, _ in order] == [1, 1, 2, 2, 3, 3, 4, 4]
     firsts = [arm for _, arm in order[::2]]
     assert firsts == ["bf16", "fp8", "bf16", "fp8"]

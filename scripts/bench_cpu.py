@@ -1,0 +1,220 @@
+"""FP8 on this CPU beside everything else that could run the same model: `make bench-cpu`.
+
+Three models: the bundled one, SmolLM2-135M, and four layers of Phi-4's shapes. Three kinds of work:
+one stream, eight streams, a prompt of 512 tokens. All arms of a model are up at once and are
+measured in turn, in alternating order, so that a machine that slows down slows all of them.
+Decoding starts from prompts of one token, so that every step is one of decoding; a prompt is
+counted by the time to its first token. SmolLM2 is `--smollm2 DIR` where given; without it, and for
+Phi-4's layers, the weights are random: the work is the same, the words mean nothing.
+
+The table is printed and, with a plot and every round, written to build/bench-cpu; the medians go
+to the workspace's ledger as experiment "bench-cpu".
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+import transformers
+
+from helpers import (
+    hardware,
+    ledger,
+    models,
+    plots,
+    quantize,
+    roofline,
+    serving,
+    throughput,
+    vllm_cpu,
+    workspace,
+)
+
+OUT = workspace.repo() / "build" / "bench-cpu"
+STOCK = "vLLM FP8, stock"
+ARMS = ("vLLM bf16", "vLLM FP8, W8A16", "vLLM FP8, W8A8", STOCK, "Transformers bf16")
+# HuggingFaceTB/SmolLM2-135M-Instruct, config.json
+SMOLLM2 = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
+           "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+           "vocab_size": 49152, "max_position_embeddings": 8192, "rope_theta": 100000,
+           "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+PHI4_LAYERS = 4
+MAX_MODEL_LEN = 1024
+
+
+@dataclass(frozen=True)
+class Work:
+    name: str
+    streams: int
+    prompt: int  # tokens
+    generated: int  # tokens of each stream
+
+    @property
+    def tokens(self) -> int:
+        """What is counted: the prompt where one token is generated, else what is generated."""
+        return self.prompt if self.generated == 1 else self.streams * self.generated
+
+
+def all_work(generated: int) -> list[Work]:
+    return [Work("1 stream", 1, 1, generated), Work("8 streams", 8, 1, generated),
+            Work("prompt of 512", 1, 512, 1)]
+
+
+def random_model(config: dict, place: Path) -> Path:
+    """A checkpoint of random weights of a config, with the bundled model's tokenizer."""
+    torch.manual_seed(0)
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = transformers.AutoConfig.for_model(**{**config, **special})
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(place)
+    for file in workspace.data("tiny_phi4").glob("tokenizer*"):
+        shutil.copyfile(file, place / file.name)
+    workspace.write_manifest(place)
+    return place
+
+
+def phi4_slice(place: Path) -> Path:
+    """Four of Phi-4's layers, 1.36 billion random weights, and a vocabulary of 512."""
+    kept = ("model_type", "hidden_size", "intermediate_size", "num_attention_heads",
+            "num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings")
+    config = roofline.load_config(workspace.data("phi4"))
+    return random_model({**{name: config[name] for name in kept}, "vocab_size": 512,
+                         "num_hidden_layers": PHI4_LAYERS,
+                         "max_position_embeddings": MAX_MODEL_LEN}, place)
+
+
+
+def vllm_arms(base: Path, fp8: Path, stock: bool) -> dict[str, tuple[Path, dict[str, str]]]:
+    """Of each arm that is a vLLM server: the checkpoint and what its environment adds."""
+    arms = {"vLLM bf16": (base, {})}
+    for numerics in vllm_cpu.NUMERICS:
+        arms[f"vLLM FP8, {numerics.upper()}"] = (fp8, {vllm_cpu.VARIABLE: numerics})
+    return arms | ({STOCK: (fp8, {"VLLM_PLUGINS": ""})} if stock else {})
+
+
+def server_arm(server: serving.VllmServer, measure: Callable) -> Callable[[Work], float]:
+    def run(work: Work) -> float:
+        result = measure(server, throughput.benchmark_flags(
+            work.generated, concurrency=work.streams, prompts=work.streams,
+            input_tokens=work.prompt))
+        if work.generated == 1:
+            return 1000 * work.tokens / result.ttft_ms
+        return result.output_tok_s
+    return run
+
+
+def transformers_arm(base: Path) -> Callable[[Work], float]:
+    """Transformers in this process, bf16, as many threads as cores, greedy, with its KV cache."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
+
+    @torch.inference_mode()
+    def run(work: Work) -> float:
+        ids = torch.randint(3, 400, (work.streams, work.prompt))
+        begun, cache = time.perf_counter(), None
+        for _ in range(work.generated):
+            said = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            ids, cache = said.logits[:, -1:].argmax(-1), said.past_key_values
+        return work.tokens / (time.perf_counter() - begun)
+    return run
+
+
+def bench(name: str, base: Path, fp8: Path, generated: int, rounds: int, stock: bool = False):
+    """Every round of every arm on one model: columns model, round, arm, kernel, work, tok_s."""
+    flags = serving.default_flags(models.tiny(), hardware.serving_path(hardware.detect()))
+    flags[flags.index("--max-model-len") + 1] = str(MAX_MODEL_LEN)
+    flags.append("--no-enable-prefix-caching")  # the benchmark sends the same prompt every time
+    rows = []
+    with contextlib.ExitStack() as everything:
+        measure = everything.enter_context(throughput.benchmark())
+        arms, kernels = {"Transformers bf16": transformers_arm(base)}, {}
+        for arm, (model, env) in vllm_arms(base, fp8, stock).items():
+            server = everything.enter_context(serving.VllmServer(model, flags, env=env))
+            arms[arm], kernels[arm] = server_arm(server, measure), server.kernel
+        for number, arm in throughput.order(list(arms), rounds + 1):
+            # The reference loop makes a token in seconds: one stream of four is all it is asked.
+            some = [Work("1 stream", 1, 1, 4)] if arm == STOCK else all_work(generated)
+            for work in some:
+                tok_s = arms[arm](work)
+                if number > 1:  # the first round warms up
+                    rows.append({"model": name, "round": number - 1, "arm": arm,
+                                 "kernel": kernels.get(arm, "unquantized"), "work": work.name,
+                                 "tok_s": tok_s})
+    return pd.DataFrame(rows)
+
+
+def summary(rounds: pd.DataFrame) -> pd.DataFrame:
+    """By model, work and arm: median and range of tokens/s, and of the ratio to vLLM's bf16.
+
+    The ratio is taken round by round, between runs that lie next to each other in time.
+    """
+    key = ["model", "work", "round"]
+    bf16 = rounds[rounds["arm"] == "vLLM bf16"].set_index(key)["tok_s"]
+    rounds = rounds.assign(ratio=rounds["tok_s"] / rounds.set_index(key).index.map(bf16))
+    table = rounds.groupby(["model", "work", "arm"], sort=False).agg(
+        kernel=("kernel", "first"), rounds=("round", "count"),
+        tok_s=("tok_s", "median"), tok_s_min=("tok_s", "min"), tok_s_max=("tok_s", "max"),
+        ratio=("ratio", "median"), ratio_min=("ratio", "min"), ratio_max=("ratio", "max"))
+    in_order = table.reset_index().sort_values("arm", key=lambda arms: arms.map(ARMS.index))
+    return in_order.sort_values(["model", "work"], kind="stable", ignore_index=True)
+
+
+def record(table: pd.DataFrame, profiles: dict[str, models.Profile]) -> None:
+    path = hardware.serving_path(hardware.detect())
+    for line in table.to_dict("records"):
+        profile = profiles[line["model"]]
+        ledger.record(
+            "bench-cpu", "fp8" if "FP8" in line["arm"] else "bf16",
+            work={"arm": line["arm"], "work": line["work"], "rounds": line["rounds"]},
+            metrics={name: round(line[name], 4) for name in line if name.startswith(
+                ("tok_s", "ratio"))},
+            model={"profile": line["model"], "repo": profile.repo, "revision": profile.revision},
+            path=path.key, kernel=line["kernel"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smollm2", type=Path, help="a directory of SmolLM2's own weights")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", help="the model whose name holds this")
+    asked = parser.parse_args()
+    OUT.mkdir(parents=True, exist_ok=True)
+    smollm2 = "SmolLM2-135M" + ("" if asked.smollm2 else ", random weights")
+    makers = {  # name: (how its 16-bit weights are had, tokens generated by each stream)
+        "tiny-phi4": (lambda _: workspace.data("tiny_phi4"), 96),
+        smollm2: (lambda place: asked.smollm2 or random_model(SMOLLM2, place), 48),
+        f"{PHI4_LAYERS} layers of Phi-4, random weights": (phi4_slice, 12)}
+    every, profiles = [], {}
+    for number, (name, (make, generated)) in enumerate(makers.items()):
+        if asked.only and asked.only not in name:
+            continue
+        scratch = workspace.root() / "bench-cpu" / str(number)
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        try:
+            base = make(scratch / "model")
+            fp8 = quantize.save(quantize.quantized(base), base, scratch / "model-fp8")
+            profiles[name] = models.directory_profile(base)
+            every.append(bench(name, base, fp8, generated, asked.rounds, stock=number == 0))
+        finally:
+            shutil.rmtree(scratch)
+        print(summary(every[-1]).round(2).to_string(index=False), flush=True)
+    rounds = pd.concat(every)
+    table = summary(rounds)
+    bandwidth = roofline.read_bandwidth(hardware.detect())
+    (OUT / "rounds.json").write_text(json.dumps(rounds.to_dict("records")))
+    (OUT / "table.md").write_text(table.round(3).to_markdown(index=False) + "\n\n"
+                                  f"Memory read at {bandwidth.bytes_per_s / 1e9:.1f} GB/s.\n")
+    plots.bench_cpu(table).savefig(OUT / "ratios.png", dpi=110)
+    record(table, profiles)
+    print((OUT / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
