@@ -167,7 +167,7 @@ class VllmServer:
             # vLLM 0.32's CPU platform turns `uni` back into `mp` unless this is off. The API
             # server still runs its engine in a process of its own, and still notices its death.
             env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-            env.setdefault("OMP_NUM_THREADS", str(_threads(self.model)))
+            env.setdefault("OMP_NUM_THREADS", str(threads(self.model)))
             # OpenMP's threads spin for milliseconds when they wait, against the API server and the
             # notebook on a machine of few cores: 36 tokens/s, and 140 with this, on two busy ones.
             env.setdefault("GOMP_SPINCOUNT", "1000")
@@ -260,7 +260,7 @@ def processes(server: VllmServer) -> list[psutil.Process]:
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
 
 
-def _threads(model: Path) -> int:
+def threads(model: Path) -> int:
     """Threads to compute with on a CPU: a core each, hyperthreads not counted, and one if small.
 
     A layer of a model that fits the cache is done before a second thread has woken up: the bundled

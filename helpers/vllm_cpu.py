@@ -372,8 +372,9 @@ def kernel_class(numerics: str) -> type:
 def layer_times(rows: int, columns: int):
     """Milliseconds for one token through one [rows, columns] layer, by kernel, on this CPU.
 
-    A DataFrame with columns kernel, numerics and ms (medians): vLLM's own choice without this
-    plugin, the two with it, and bf16 as vLLM computes it. Runs in the serving environment.
+    A DataFrame with columns kernel, numerics and ms (medians): bf16 as vLLM computes it, vLLM's own
+    choice for FP8 without this plugin, and the two with it. On one thread, since on a busy machine
+    two wait for each other longer than a small layer takes. Runs in the serving environment.
     """
     import json
     import subprocess
@@ -384,7 +385,7 @@ def layer_times(rows: int, columns: int):
 
     ran = subprocess.run([serving.serve_python(), "-m", "helpers.vllm_cpu", str(rows),
                           str(columns)], capture_output=True, text=True,
-                         env={**os.environ, **serving.ENVIRONMENT})
+                         env={**os.environ, **serving.ENVIRONMENT, "OMP_NUM_THREADS": "1"})
     if ran.returncode != 0:
         raise WorkbookError("The kernels could not be timed.",
                             (ran.stderr.strip().splitlines() or ["no reason was given"])[-1],
