@@ -56,7 +56,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class ServingPath:
-    key: str  # "gpu-w8a8", "gpu-w8a16", "cpu-w8a16", "cpu-w8a8" or "none"
+    key: str  # "gpu-w8a8", "gpu-w8a16", "cpu-w8a16", "cpu-unpacked" or "none"
     device: str  # "cuda" or "cpu"
     title: str
     why: str
@@ -269,9 +269,9 @@ def serving_path(machine: Machine) -> ServingPath:
             f"no GPU, and this CPU multiplies bf16 ({', '.join(matrix)}): FP8 weights are "
             "unpacked to bf16 by the workbook's vLLM plugin")
     return ServingPath(
-        "cpu-w8a8", "cpu", "W8A8 emulated on the CPU",
-        "no GPU, and this CPU has neither AMX nor AVX512-BF16: the workbook's vLLM plugin computes "
-        "the FP8 products exactly, and slowly")
+        "cpu-unpacked", "cpu", "W8A16 on the CPU, unpacked",
+        "no GPU, and this CPU has neither AMX nor AVX512-BF16: the workbook's vLLM plugin unpacks "
+        "the FP8 weights to bf16 when it loads them, so neither time nor memory is saved")
 
 
 def capability(gpu: Gpu) -> str:

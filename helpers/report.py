@@ -12,6 +12,7 @@ from helpers import hardware, ledger, models, statistics, workspace
 # A speed also needs the same GPU; an accuracy does not depend on how fast it was computed.
 PHI4 = {"microsoft/phi-4", "NyxKrage/Microsoft_Phi-4"}
 SCALE = {"percent right": 0.01}
+BENCH = workspace.data("measured") / "bench-cpu.jsonl"
 
 
 def measured_beside_published(rows: list[dict] | None = None, profile: str | None = None):
@@ -102,7 +103,7 @@ def _verdict(row: dict | None, claim: dict) -> str:
 def readme_results() -> str:
     """The README's results as Markdown, from the ledgers committed under `data/measured`."""
     machines = {}
-    for file in sorted(workspace.data("measured").glob("*.jsonl")):
+    for file in sorted(set(workspace.data("measured").glob("*.jsonl")) - {BENCH}):
         hardware, versions = (ledger.read(file)[-1][part] for part in ("hardware", "versions"))
         device = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
         title = f"{device} (vLLM {versions['vllm']}, llmcompressor {versions['llmcompressor']})"
@@ -114,12 +115,43 @@ def readme_results() -> str:
         for title, files in machines.items())
 
 
+def bench_table(rows: list[dict]):
+    """`make bench-cpu`'s rows by model and arm: a DataFrame with a column for each work.
+
+    Median tokens per second, and in brackets over vLLM's bf16, with the range over the rounds.
+    """
+    import pandas as pd
+
+    table: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        found, work = row["metrics"], row["work"]
+        cells = table.setdefault((row["model"]["profile"], work["arm"]),
+                                 {"model": row["model"]["profile"], "tokens/s": work["arm"]})
+        cells[work["work"]] = (f"{found['tok_s']:,.3g} ({found['ratio']:.2f}x, "
+                               f"{found['ratio_min']:.2f} to {found['ratio_max']:.2f})")
+    return pd.DataFrame(table.values()).fillna("")
+
+
+def readme_bench() -> str:
+    """The README's figures of FP8 on a CPU as Markdown, from the committed `BENCH`."""
+    rows = ledger.read(BENCH)
+    last = rows[-1]
+    machine, day = last["hardware"], last["time"][:10]
+    return (f"On {machine['cpu']}, {machine['cores']} cores ({day}, "
+            f"vLLM {last['versions']['vllm']}), medians of {last['work']['rounds']} rounds from "
+            f"[`{BENCH.name}`](data/measured/{BENCH.name}):\n\n"
+            + bench_table(rows).to_markdown(index=False))
+
+
 def write_readme() -> None:
-    """Put `readme_results` between the README's markers."""
+    """Put `readme_results` and `readme_bench` between the README's markers."""
     readme = workspace.repo() / "README.md"
-    head, rest = readme.read_text().split("<!-- results -->\n")
-    _, tail = rest.split("<!-- /results -->")
-    readme.write_text(f"{head}<!-- results -->\n{readme_results()}\n<!-- /results -->{tail}")
+    text = readme.read_text()
+    for name, block in (("results", readme_results()), ("bench", readme_bench())):
+        head, rest = text.split(f"<!-- {name} -->\n")
+        _, tail = rest.split(f"<!-- /{name} -->")
+        text = f"{head}<!-- {name} -->\n{block}\n<!-- /{name} -->{tail}"
+    readme.write_text(text)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,12 @@ per-token activations, vLLM 0.32 has only `ChannelWiseTorchFP8ScaledMMLinearKern
 ends in oneDNN's reference loop: correct, and hundreds of times slower than bf16. Ours comes in two
 numerics, chosen by the environment variable PHI4_FP8_CPU_NUMERICS:
 
-w8a16   FP8 weights, 16-bit activations: what Marlin does on an Ampere GPU. The default where vLLM's
-        own W8A16 GEMM is built in (AVX512-BF16, AMX): half the bytes of bf16 are read per token.
+w8a16   FP8 weights, 16-bit activations: what Marlin does on an Ampere GPU. The default. Where vLLM's
+        own W8A16 GEMM is built in (AVX512-BF16, AMX), half the bytes of bf16 are read per token.
+        On other CPUs, and for a layer that the GEMM does not take, the weights are unpacked to
+        bf16 once, when they are loaded: the speed of bf16, and its memory.
 w8a8    FP8 weights, activations quantized to FP8 per token, exact products, float32 sums: what an
-        FP8 tensor core computes. The default on other CPUs.
+        FP8 tensor core computes. For comparing answers; slower.
 
 Nothing of vLLM is patched: the kernel goes through `register_linear_kernel` and vLLM's kernel
 classes. Only its place in vLLM's list is changed, in `_register_kernel`.
@@ -70,7 +72,7 @@ if TYPE_CHECKING:
 
 CHECKED_VLLM = "0.32.0"
 VARIABLE = "PHI4_FP8_CPU_NUMERICS"
-NUMERICS = ("w8a16", "w8a8")
+NUMERICS = ("w8a16", "w8a8")  # the default first
 MOVED = ("The CPU FP8 kernel was written for vLLM %s and does not fit this one (%s: %s); vLLM's "
          "own, much slower kernel is used instead.")
 
@@ -79,6 +81,9 @@ MOVED = ("The CPU FP8 kernel was written for vLLM %s and does not fit this one (
 # block scales, which are all one here.
 _TILE = 32
 _SCALE_BLOCK_K = 128
+
+# Of as many numbers of rows vLLM keeps oneDNN's compiled product; its own number for bf16 layers.
+_ONEDNN_PRIMITIVES = 32
 
 # Weights upcast at a time: 4 MB of float32, which stays in the cache between the upcast and the
 # product. Measured on a Zen 4 with 32 MB of L3, 5120 x 5120, one row: 5.1 ms; 0.25 and 4 times as
@@ -107,14 +112,14 @@ def register() -> None:
         _permit_amx()
         if _has_packed_gemm():
             _try_packed_gemm()
-        kernel = kernel_class(wanted or ("w8a16" if _has_packed_gemm() else "w8a8"))
+        kernel = kernel_class(wanted or NUMERICS[0])
         _register_kernel(kernel)
         _warn_of_other_version(logger)
     except (ImportError, AttributeError, KeyError, TypeError, RuntimeError) as moved:
         logger.warning(MOVED, CHECKED_VLLM, type(moved).__name__, moved)
         return
     logger.info("FP8 linear layers on this CPU: %s (%s).", kernel.__name__,
-                VARIABLE if wanted else "the default for this CPU")
+                VARIABLE if wanted else "the default")
 
 
 def _logger() -> logging.Logger:
@@ -299,6 +304,7 @@ def kernel_class(numerics: str) -> type:
     Made on demand because its base class is vLLM's.
     """
     import torch
+    from vllm import _custom_ops as ops
     from vllm.model_executor.kernels.linear import FP8ScaledMMLinearKernel
     from vllm.platforms import current_platform
 
@@ -333,7 +339,14 @@ def kernel_class(numerics: str) -> type:
                 raise ValueError("An FP8 weight of this checkpoint is NaN: quantize it again.")
             self.packed = (numerics == "w8a16" and packs_exactly(weight)
                            and can_pack(*weight.shape, self.config.input_dtype))
-            weight = pack(weight) if self.packed else weight
+            self.unpacked = None
+            if self.packed:
+                weight = pack(weight)
+            elif numerics == "w8a16" and self.config.input_dtype == torch.bfloat16:
+                # Every code is exact in bf16. oneDNN keeps a copy in an order of its own.
+                self.unpacked = ops.create_onednn_mm(weight.to(torch.bfloat16).t(),
+                                                     _ONEDNN_PRIMITIVES)
+                weight = weight.new_empty(0)
             scale = layer.weight_scale.to(torch.float32).reshape(-1).contiguous()
             layer.weight = torch.nn.Parameter(weight, requires_grad=False)
             layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
@@ -352,7 +365,10 @@ def kernel_class(numerics: str) -> type:
         """FP8 weights, 16-bit activations."""
 
         def product(self, layer, x, bias):
-            product = (packed_product if self.packed else upcast_product)(x, layer.weight)
+            if self.unpacked is not None:
+                product = ops.onednn_mm(self.unpacked, x, None)
+            else:
+                product = (packed_product if self.packed else upcast_product)(x, layer.weight)
             return scaled(product, layer.weight_scale, bias, x.dtype)
 
     class CpuFp8W8A8LinearKernel(PerChannelKernel):

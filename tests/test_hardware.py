@@ -54,9 +54,9 @@ def test_each_gpu_gets_its_path(name, capability, gigabytes, key):
 @pytest.mark.parametrize(("features", "key"), [
     ("avx2 avx512f amx_bf16 amx_int8 amx_tile avx512_bf16", "cpu-w8a16"),  # Sapphire Rapids
     ("avx2 avx512f avx512_bf16", "cpu-w8a16"),  # Zen 4
-    ("avx2 avx512f avx512_vnni", "cpu-w8a8"),  # Ice Lake
-    ("avx2", "cpu-w8a8"),
-    ("", "cpu-w8a8"),
+    ("avx2 avx512f avx512_vnni", "cpu-unpacked"),  # Ice Lake
+    ("avx2", "cpu-unpacked"),
+    ("", "cpu-unpacked"),
 ])
 def test_without_a_gpu_the_cpu_decides(features, key):
     path = hardware.serving_path(machine(features=features))

@@ -67,4 +67,5 @@ def test_a_speed_is_compared_on_the_same_gpu_only(tmp_path, gpu, verdict):
 
 def test_the_readme_holds_the_table_of_the_committed_measurements():
     assert report.readme_results() in (REPO / "README.md").read_text()
+    assert report.readme_bench() in (REPO / "README.md").read_text()
     assert list((REPO / "data" / "measured").glob("*.jsonl"))

@@ -47,6 +47,14 @@ def test_no_less_exact_than_bf16(measured, numerics):
         assert found["threads agree"], f"{case}: one thread and two give different answers"
 
 
+def test_where_the_packed_gemm_is_not_weights_are_unpacked_as_exactly(measured):
+    """W8A16 on a CPU without AVX512-BF16 and AMX."""
+    assert len(measured["unpacked"]) == 12
+    for case, found in measured["unpacked"].items():
+        assert found["kernel"] == "CpuFp8W8A16LinearKernel" and found["threads agree"], case
+        assert found["ours"] < (1.1 + 5 / math.sqrt(found["outputs"])) * found["bf16"], case
+
+
 @pytest.mark.parametrize("numerics", vllm_cpu.NUMERICS)
 def test_vllm_selects_the_kernel_of_the_numerics(measured, numerics):
     names = {found["kernel"] for found in measured[numerics]["accuracy"].values()}
@@ -103,8 +111,7 @@ def test_w8a8_sees_activations_in_fp8(measured):
 
 def test_ours_stands_before_vllms_and_only_for_per_channel_weights(measured):
     found = measured["registration"]
-    fits = "w8a16" if measured["op"] else "w8a8"
-    ours = f"CpuFp8{fits.upper()}LinearKernel"
+    ours = "CpuFp8W8A16LinearKernel"
     assert found["stock choice"] == STOCK
     assert found["default"] == [ours, *found["stock"]]
     assert found["twice"] == found["default"]

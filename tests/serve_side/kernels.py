@@ -215,6 +215,8 @@ def registration() -> dict:
 
 def main() -> dict:
     from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.kernels import linear
+    from vllm.platforms import PlatformEnum
 
     from helpers import vllm_cpu
 
@@ -230,6 +232,12 @@ def main() -> dict:
             os.environ[vllm_cpu.VARIABLE] = numerics
             vllm_cpu.register()
             measured[numerics] = {"accuracy": accuracy(numerics), "shapes": shapes()}
+        os.environ[vllm_cpu.VARIABLE] = "w8a16"
+        kernels = linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CPU]
+        kernels.sort(key=lambda kernel: "W8A16" not in kernel.__name__)
+        vllm_cpu._has_packed_gemm = lambda: False  # as on a CPU without AVX512-BF16 and AMX
+        measured["unpacked"] = {f"{name}, {rows}": errors("w8a16", shape, rows)
+                                for name, shape in BUNDLED.items() for rows in (1, 5, 130)}
     return measured
 
 
