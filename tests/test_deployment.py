@@ -4,12 +4,14 @@ import json
 import os
 import shlex
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import REPO
+from gpu.test_gpu import RANDOM
 
-from helpers import deployment, roofline, serving
+from helpers import deployment, models, roofline, serving
 
 PHI4 = roofline.load_config(REPO / "data" / "phi4")
 
@@ -80,7 +82,12 @@ def test_vllms_own_parser_takes_every_command(own, tiny_base):
     for machines in deployment.beyond_one_gpu(phi4).values():
         commands += [machine[2:] for machine in machines if "--headless" not in machine]
     commands += [[phi4, "--tensor-parallel-sise", "2"], [phi4, "--tensor-parallel-size", "3"]]
-    *taken, misspelt, three = ask_vllm(commands)
+    # the flags that a GPU gets, and those of tests/gpu
+    on_gpu = [[phi4, *serving.default_flags(models.PHI4, SimpleNamespace(key=key, device="cuda")),
+               *more] for key in ("gpu-w8a8", "gpu-w8a16") for more in ([], RANDOM)]
+    answers = ask_vllm(commands + on_gpu)
+    *taken, misspelt, three = answers[:len(commands)]
+    assert [each.get("max_model_len") for each in answers[len(commands):]] == [4096] * 4, answers
     assert "refused" in misspelt
     assert "(40) must be divisible by tensor parallel size (3)" in three["refused"]
     assert taken[0] == {"tp": 1, "pp": 1, "dp": 1, "host": "0.0.0.0", "port": 8000,

@@ -255,9 +255,26 @@ def test_gone_after_a_kernel_restart(tmp_workspace, tiny_fp8):
 
 def test_the_default_flags_of_a_path():
     profile = SimpleNamespace(max_model_len=4096)
-    cpu = serving.default_flags(profile, SimpleNamespace(device="cpu"))
-    gpu = serving.default_flags(profile, SimpleNamespace(device="cuda"))
-    for flags in (cpu, gpu):
+    cpu, w8a16, w8a8 = (
+        serving.default_flags(profile, SimpleNamespace(key=key, device=device))
+        for key, device in (("cpu-w8a16", "cpu"), ("gpu-w8a16", "cuda"), ("gpu-w8a8", "cuda")))
+    for flags in (cpu, w8a16, w8a8):
         assert flags[flags.index("--max-model-len") + 1] == "4096"
-    assert "--enforce-eager" in cpu and "--enforce-eager" not in gpu
-    assert "--gpu-memory-utilization" in gpu
+    assert "--enforce-eager" in cpu and "--enforce-eager" not in w8a8
+    assert "--gpu-memory-utilization" in w8a8
+    assert w8a16 == w8a8 + ["--linear-backend", "marlin"]
+
+
+# As vLLM 0.32 writes them, with its own formats; of W8A16 it says only that Marlin is used.
+@pytest.mark.parametrize("log, kernel", [
+    ("INFO 11-23 09:18:06 [__init__.py:797] Selected CutlassFP8ScaledMMLinearKernel for "
+     "CompressedTensorsW8A8Fp8\n", "CutlassFP8ScaledMMLinearKernel"),
+    ("WARNING 11-23 09:18:06 [marlin_utils_fp8.py:108] Your GPU does not have native support for "
+     "FP8 computation but FP8 quantization is being used. Weight-only FP8 compression will be used "
+     "leveraging the Marlin kernel. This may degrade performance for compute-heavy workloads.\n",
+     "MarlinFP8ScaledMMLinearKernel"),
+    ("INFO nothing of kernels\n", "not named in the log"),
+])
+def test_the_kernels_of_a_gpu_are_read_from_the_log(tiny_fp8, tiny_base, log, kernel):
+    assert serving._selected_kernel(tiny_fp8, log) == kernel
+    assert serving._selected_kernel(tiny_base, "") == "unquantized"

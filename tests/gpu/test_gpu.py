@@ -1,21 +1,39 @@
-"""What only a GPU can show: `make test-gpu`; elsewhere each is skipped with a reason."""
+"""What only a GPU can show: `make test-gpu`; elsewhere each is skipped with a reason.
+
+What was measured is appended to build/gpu.jsonl in the ledger's form, with the device, its driver,
+the versions and the commit, to be kept under data/measured.
+"""
+
+import json
+import os
+import subprocess
 
 import pytest
 import torch
+from conftest import REPO
 
-from helpers import fp8, hardware, models, roofline, serving, workspace
+from helpers import fp8, hardware, ledger, models, roofline, serving, workspace
 
 PHI4 = roofline.load_config(workspace.data("phi4"))
 SHAPES = {t.name.split(".")[-2]: t.shape for t in roofline.tensors(PHI4) if ".layers.0." in t.name
           and len(t.shape) == 2}
+# Name: tokens of prompt, tokens to generate, streams at once. The first is the card's experiment.
+WORK = {"decode": (64, 500, 1), "prefill": (2048, 1, 1), "8 streams": (64, 128, 8),
+        "64 streams": (64, 128, 64)}
+ROUNDS = 3
+RANDOM = ["--load-format", "dummy", "--skip-tokenizer-init", "--no-enable-prefix-caching"]
+MARLIN = "MarlinFP8ScaledMMLinearKernel"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def gpu():
-    """The GPU that is used; skips where there is none with an FP8 path."""
+    """The GPU that is used; skips where there is none with an FP8 path, or its driver is too old.
+    """
     machine = hardware.detect()
     if hardware.serving_path(machine).device != "cuda":
         pytest.skip(f"no GPU with an FP8 path here: {hardware.serving_path(machine).why}")
+    if hardware.driver_fault(machine.gpus):
+        pytest.skip(hardware.driver_fault(machine.gpus))
     return hardware.best_gpu(machine)
 
 
@@ -26,6 +44,21 @@ def tensor_cores(gpu):
         pytest.skip(f"FP8 products need capability 8.9, and {gpu.name} has "
                     f"{hardware.capability(gpu)}")
     return gpu
+
+
+def ask(script: str, *arguments: str, asked: str = "") -> tuple[dict, str]:
+    """What a script of tests/serve_side answers, and its log."""
+    done = subprocess.run(
+        [serving.serve_python(), REPO / "tests" / "serve_side" / script, *arguments], cwd=REPO,
+        input=asked, capture_output=True, text=True, env=os.environ | serving.ENVIRONMENT
+        | {"PYTHONPATH": str(REPO)})
+    log = done.stdout + done.stderr
+    answers = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+    assert done.returncode == 0 and len(answers) == 1, log[-3000:]
+    return json.loads(answers[0].removeprefix("ANSWER ")), log
+
+
+# The layers
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -45,6 +78,27 @@ def test_an_fp8_product_is_the_float64_one_of_the_same_codes(tensor_cores, name)
     assert (made.cpu().double() - exact).abs().max() <= 2**-8 * exact.abs().max()
 
 
+def test_vllms_layers_compute_what_their_path_says(gpu):
+    """At Phi-4's shapes, against float64: W8A8 where there are tensor cores, and W8A16."""
+    w8a8 = gpu.compute_capability >= hardware.W8A8_CAPABILITY
+    measured, _ = ask("gpu_layers.py", *(["auto"] if w8a8 else []), "marlin")
+    for layer, found in measured["marlin"].items():
+        assert found["kernel"] == MARLIN
+        assert found["w8a16"] <= 2 * found["bf16"], (layer, found)
+    for layer, found in measured.get("auto", {}).items():
+        assert found["kernel"] != MARLIN
+        # What the tensor cores' own sums are off is little beside the rounding that was asked for.
+        assert found["w8a8"] <= found["rounding"] / 2, (layer, found)
+
+
+# The server
+
+
+def served(tiny_fp8, flags: list[str]) -> tuple[str, str]:
+    with serving.VllmServer(tiny_fp8, flags) as server:
+        return server.kernel, server.complete("Question: 2 + 3?\nAnswer:", max_tokens=16)
+
+
 def test_the_server_takes_the_kernel_of_its_path_and_gives_the_memory_back(gpu, tiny_fp8):
     import pynvml
 
@@ -53,6 +107,117 @@ def test_the_server_takes_the_kernel_of_its_path_and_gives_the_memory_back(gpu, 
     before = pynvml.nvmlDeviceGetMemoryInfo(handle).used
     path = hardware.gpu_path(gpu)
     with serving.VllmServer(tiny_fp8, serving.default_flags(models.tiny(), path)) as server:
-        assert ("Marlin" in server.kernel) == (path.key == "gpu-w8a16"), server.kernel
+        assert (server.kernel == MARLIN) == (path.key == "gpu-w8a16"), server.kernel
+        assert server.kernel != "not named in the log"
         assert pynvml.nvmlDeviceGetMemoryInfo(handle).used > before
     assert pynvml.nvmlDeviceGetMemoryInfo(handle).used <= before + 64 * 2**20
+
+
+def test_the_same_checkpoint_is_served_in_both_arithmetics(tensor_cores, tiny_fp8):
+    """Forced Marlin (W8A16) on hardware that has W8A8."""
+    flags = serving.default_flags(models.tiny(), hardware.gpu_path(tensor_cores))
+    own, answer = served(tiny_fp8, flags)
+    forced, other = served(tiny_fp8, flags + serving.MARLIN)
+    assert (own != MARLIN, forced) == (True, MARLIN)
+    assert answer and other
+
+
+# Phi-4 at its full size, of random weights: nothing is downloaded
+
+
+@pytest.fixture(scope="module")
+def copy_bandwidth(gpu) -> float:
+    """Bytes/s, read and written, of copies in this GPU's memory, by the serving environment."""
+    done = subprocess.run(
+        [serving.serve_python(), "-c",
+         "from helpers import roofline; print(roofline.measured_copy())"],
+        cwd=REPO, check=True, stdout=subprocess.PIPE, text=True)
+    return float(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def speed(gpu, copy_bandwidth, tiny_fp8, tmp_path_factory):
+    """A function: an arm's seconds by name of work, measured once and recorded."""
+    path, known = hardware.gpu_path(gpu), {}
+
+    def measure(arm: str, *more: str) -> dict[str, list[float]]:
+        nbytes = {"bf16": models.PHI4.bf16_bytes, "fp8": models.PHI4.fp8_bytes}[arm]
+        if nbytes * models.HEADROOM > gpu.memory_bytes:
+            pytest.skip(f"Phi-4's {nbytes / 1e9:.1f} GB of {arm} weights do not fit {gpu.name}, "
+                        f"which has {gpu.memory_bytes / 1e9:.1f} GB")
+        if (arm, more) not in known:
+            model = random_phi4(tmp_path_factory.mktemp(arm), arm, tiny_fp8)
+            flags = serving.default_flags(models.PHI4, path)
+            asked = {"flags": ["--model", str(model), *flags, *RANDOM, *more], "work": WORK,
+                     "rounds": ROUNDS}
+            known[arm, more], log = ask("speed.py", asked=json.dumps(asked))
+            record(arm, known[arm, more], serving._selected_kernel(model, log), path,
+                   copy_bandwidth)
+        return known[arm, more]
+
+    return measure
+
+
+def random_phi4(place, arm: str, tiny_fp8):
+    """A directory with Phi-4's config, and for FP8 the scheme that LLM Compressor wrote into ours.
+    """
+    config = json.loads((workspace.data("phi4") / "config.json").read_text())
+    if arm == "fp8":
+        written = json.loads((tiny_fp8 / "config.json").read_text())
+        config["quantization_config"] = written["quantization_config"]
+    workspace.write_json(place / "config.json", config)
+    return place
+
+
+def record(arm: str, seconds: dict, kernel: str, path, bandwidth: float) -> None:
+    """Into build/gpu.jsonl: tokens/s, and of one stream's decoding the share of the bandwidth."""
+    (REPO / "build").mkdir(exist_ok=True)
+    for name, (prompt, generated, streams) in WORK.items():
+        tokens = streams * (generated if generated > 1 else prompt)
+        rates = sorted(tokens / each for each in seconds[name])
+        metrics = {"output_tok_s" if generated > 1 else "prefill_tok_s": rates[len(rates) // 2]}
+        if generated > 1:
+            metrics |= {"output_tok_s_min": rates[0], "output_tok_s_max": rates[-1]}
+        if name == "decode":
+            metrics |= {"copy_bytes_s": bandwidth, "share_of_copy_bandwidth": share(
+                arm, seconds[name], bandwidth)}
+        ledger.record(
+            "throughput", arm, {"input_tokens": prompt, "output_tokens": generated,
+                                "concurrency": streams, "rounds": ROUNDS}, metrics,
+            model={"profile": "phi-4-random", "repo": "random weights", "revision": ""},
+            path=path.key, kernel=kernel, ledger=REPO / "build" / "gpu.jsonl")
+
+
+def share(arm: str, seconds: list[float], bandwidth: float) -> float:
+    """Bytes of weights read for each token, times tokens/s, over the copy bandwidth."""
+    median = sorted(seconds)[len(seconds) // 2]
+    return roofline.decode_bytes(PHI4, arm) * WORK["decode"][1] / median / bandwidth
+
+
+@pytest.mark.parametrize("arm", ["bf16", "fp8"])
+def test_500_tokens_of_one_stream_stay_below_what_the_memory_can_give(
+    speed, copy_bandwidth, arm
+):
+    """No decoding can read faster than the memory; a copy comes within a tenth of its best."""
+    reached = share(arm, speed(arm)["decode"], copy_bandwidth)
+    print(f"{arm}: {reached:.0%} of the copy bandwidth")
+    assert 0 < reached < 1.1
+
+
+def test_one_stream_is_faster_in_fp8_and_by_no_more_than_its_bytes(speed):
+    times = {arm: sorted(speed(arm)["decode"])[ROUNDS // 2] for arm in ("bf16", "fp8")}
+    most = roofline.decode_bytes(PHI4, "bf16") / roofline.decode_bytes(PHI4, "fp8")
+    assert 1 < times["bf16"] / times["fp8"] < 1.05 * most
+
+
+@pytest.mark.parametrize("arm", ["bf16", "fp8"])
+def test_more_streams_generate_more_and_a_prompt_is_read_faster_than_it_is_written(speed, arm):
+    seconds = speed(arm)
+    rates = {name: WORK[name][1] * WORK[name][2] / min(seconds[name])
+             for name in ("decode", "8 streams", "64 streams")}
+    assert rates["decode"] < rates["8 streams"] < rates["64 streams"]
+    assert WORK["prefill"][0] / min(seconds["prefill"]) > rates["decode"]
+
+
+def test_phi4_is_served_by_forced_marlin_too(tensor_cores, speed):
+    assert speed("fp8", *serving.MARLIN).keys() == WORK.keys()
