@@ -11,10 +11,10 @@ per-token activations, vLLM 0.32 has only `ChannelWiseTorchFP8ScaledMMLinearKern
 ends in oneDNN's reference loop: correct, and hundreds of times slower than bf16. Ours comes in two
 numerics, chosen by the environment variable PHI4_FP8_CPU_NUMERICS:
 
-w8a16   FP8 weights, 16-bit activations: what Marlin does on an Ampere GPU. The default. Where vLLM's
-        own W8A16 GEMM is built in (AVX512-BF16, AMX), half the bytes of bf16 are read per token.
-        On other CPUs, and for a layer that the GEMM does not take, the weights are unpacked to
-        bf16 once, when they are loaded: the speed of bf16, and its memory.
+w8a16   FP8 weights, 16-bit activations: what Marlin does on an Ampere GPU. The default. Where
+        vLLM's own W8A16 GEMM is built in (AVX512-BF16, AMX), half the bytes of bf16 are read per
+        token. On other CPUs, and for a layer that the GEMM does not take, the weights are unpacked
+        to bf16 once, when they are loaded: the speed of bf16, and its memory.
 w8a8    FP8 weights, activations quantized to FP8 per token, exact products, float32 sums: what an
         FP8 tensor core computes. For comparing answers; slower.
 
