@@ -440,7 +440,8 @@ def _supervise(parent: int, log_path: str, command: list[str]) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
     env = dict(os.environ)
-    env.pop("PYTHONPATH", None)  # it belongs to the notebook's environment, not to vLLM's
+    # The notebook's own is not for vLLM's environment.
+    env["PYTHONPATH"] = str(workspace.repo() / "helpers" / "at_start")
     asked_to_stop = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: asked_to_stop.append(True))
