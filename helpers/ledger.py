@@ -19,7 +19,7 @@ from helpers import hardware, workspace
 
 SCHEMA = 1
 EXPERIMENTS = ("quantize", "serve", "gsm8k", "throughput", "bench-cpu")
-ARMS = ("bf16", "fp8")
+ARMS = ("bf16", "fp8", "q8_0")
 FIELDS = {"schema": int, "id": str, "time": str, "experiment": str, "arm": str, "model": dict,
           "path": str, "kernel": str, "checkpoint": str, "work": dict, "metrics": dict,
           "hardware": dict, "versions": dict, "commit": str}

@@ -399,7 +399,7 @@ def bench_cpu(table):
             at = [works.index(work) + 0.18 * (place - 1.5) for work in lines["work"]]
             reach = [lines["ratio"] - lines["ratio_min"], lines["ratio_max"] - lines["ratio"]]
             axis.bar(at, lines["ratio"], 0.17, label=arm, yerr=reach, capsize=2,
-                     color=(GREY, BF16, FP8, THIRD, "black")[place])
+                     color=(GREY, BF16, FP8, THIRD, "black", "#56B4E9")[place])
         axis.axhline(1, color="black", lw=0.8)
         axis.set_xticks(range(len(works)), works)
         axis.set_ylabel("tokens/s over vLLM bf16's")

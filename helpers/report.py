@@ -118,7 +118,7 @@ def readme_results() -> str:
 def bench_table(rows: list[dict]):
     """`make bench-cpu`'s rows by model and arm: a DataFrame with a column for each work.
 
-    Median tokens per second, and in brackets over vLLM's bf16, with the range over the rounds.
+    Median tokens per second, and in brackets over vLLM's bf16 of the same round: median and range.
     """
     import pandas as pd
 
@@ -127,8 +127,10 @@ def bench_table(rows: list[dict]):
         found, work = row["metrics"], row["work"]
         cells = table.setdefault((row["model"]["profile"], work["arm"]),
                                  {"model": row["model"]["profile"], "tokens/s": work["arm"]})
-        cells[work["work"]] = (f"{found['tok_s']:,.3g} ({found['ratio']:.2f}x, "
-                               f"{found['ratio_min']:.2f} to {found['ratio_max']:.2f})")
+        speed = f"{found['tok_s']:,.{0 if found['tok_s'] >= 100 else 1}f}"
+        cells[work["work"]] = speed if work["arm"] == "vLLM bf16" else (
+            f"{speed} ({found['ratio']:.2f}x, {found['ratio_min']:.2f} to "
+            f"{found['ratio_max']:.2f})")
     return pd.DataFrame(table.values()).fillna("")
 
 

@@ -4,8 +4,11 @@ Three models: the bundled one, SmolLM2-135M, and four layers of Phi-4's shapes. 
 one stream, eight streams, a prompt of 512 tokens. All arms of a model are up at once and are
 measured in turn, in alternating order, so that a machine that slows down slows all of them.
 Decoding starts from prompts of one token, so that every step is one of decoding; a prompt is
-counted by the time to its first token. SmolLM2 is `--smollm2 DIR` where given; without it, and for
-Phi-4's layers, the weights are random: the work is the same, the words mean nothing.
+counted by the time to its first token. The weights of Phi-4's layers are random: the work is the
+same, the words mean nothing.
+
+Where llama-cpp-python is installed in `.venv`, llama.cpp runs SmolLM2 in Q8_0, made of the same
+GGUF file. Its Python package decodes one stream at a time.
 
 The table is printed and, with a plot and every round, written to build/bench-cpu; the medians go
 to the workspace's ledger as experiment "bench-cpu".
@@ -14,7 +17,9 @@ to the workspace's ledger as experiment "bench-cpu".
 import argparse
 import contextlib
 import json
+import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +37,7 @@ from helpers import (
     quantize,
     roofline,
     serving,
+    smollm2,
     throughput,
     vllm_cpu,
     workspace,
@@ -39,12 +45,9 @@ from helpers import (
 
 OUT = workspace.repo() / "build" / "bench-cpu"
 STOCK = "vLLM FP8, stock"
-ARMS = ("vLLM bf16", "vLLM FP8, W8A16", "vLLM FP8, W8A8", STOCK, "Transformers bf16")
-# HuggingFaceTB/SmolLM2-135M-Instruct, config.json
-SMOLLM2 = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
-           "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-           "vocab_size": 49152, "max_position_embeddings": 8192, "rope_theta": 100000,
-           "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+LLAMA_CPP = "llama.cpp Q8_0"
+ARMS = ("vLLM bf16", "vLLM FP8, W8A16", "vLLM FP8, W8A8", STOCK, "Transformers bf16",
+        LLAMA_CPP)
 PHI4_LAYERS = 4
 MAX_MODEL_LEN = 1024
 # A random model may say nothing but special tokens; the benchmark takes hidden ones for failures.
@@ -69,29 +72,22 @@ def all_work(generated: int) -> list[Work]:
             Work("prompt of 512", 1, 512, 1)]
 
 
-def random_model(config: dict, place: Path) -> Path:
-    """A checkpoint of random weights of a config, with the bundled model's tokenizer."""
+def phi4_slice(place: Path) -> Path:
+    """Four of Phi-4's layers, 1.36 billion random weights; the bundled model's vocabulary."""
+    kept = ("model_type", "hidden_size", "intermediate_size", "num_attention_heads",
+            "num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings")
+    config = roofline.load_config(workspace.data("phi4"))
+    config = transformers.AutoConfig.for_model(
+        **{name: config[name] for name in kept}, num_hidden_layers=PHI4_LAYERS,
+        vocab_size=roofline.load_config(workspace.data("tiny_phi4"))["vocab_size"],
+        max_position_embeddings=MAX_MODEL_LEN, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     torch.manual_seed(0)
-    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = transformers.AutoConfig.for_model(**{**config, **special})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(place)
     for file in workspace.data("tiny_phi4").glob("tokenizer*"):
         shutil.copyfile(file, place / file.name)
     workspace.write_manifest(place)
     return place
-
-
-def phi4_slice(place: Path) -> Path:
-    """Four of Phi-4's layers, 1.36 billion random weights, and the bundled model's vocabulary."""
-    kept = ("model_type", "hidden_size", "intermediate_size", "num_attention_heads",
-            "num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings")
-    config = roofline.load_config(workspace.data("phi4"))
-    vocabulary = roofline.load_config(workspace.data("tiny_phi4"))["vocab_size"]
-    return random_model({**{name: config[name] for name in kept}, "vocab_size": vocabulary,
-                         "num_hidden_layers": PHI4_LAYERS,
-                         "max_position_embeddings": MAX_MODEL_LEN}, place)
-
 
 
 def vllm_arms(base: Path, fp8: Path, stock: bool) -> dict[str, tuple[Path, dict[str, str]]]:
@@ -129,7 +125,43 @@ def transformers_arm(base: Path) -> Callable[[Work], float]:
     return run
 
 
-def bench(name: str, base: Path, fp8: Path, generated: int, rounds: int, stock: bool = False):
+def llama_cpp_arm(gguf: Path, threads: int) -> Callable[[Work], float]:
+    """llama.cpp in this process, greedy, with its KV cache."""
+    import llama_cpp
+
+    llama = llama_cpp.Llama(str(gguf), n_ctx=MAX_MODEL_LEN, n_batch=MAX_MODEL_LEN,
+                            n_ubatch=MAX_MODEL_LEN, n_threads=threads, n_threads_batch=threads,
+                            verbose=False)
+
+    def run(work: Work) -> float:
+        llama.reset()
+        ids = torch.randint(3, 400, (work.prompt,)).tolist()
+        begun = time.perf_counter()
+        for _ in range(work.generated):
+            llama.eval(ids)
+            ids = [llama.sample(temp=0.0)]
+        return work.tokens / (time.perf_counter() - begun)
+    return run
+
+
+def smollm2_in_q8_0(into: Path) -> Path | None:
+    """The package's GGUF with every matrix in Q8_0; None where llama-cpp-python is not there."""
+    try:
+        import llama_cpp
+    except ImportError:
+        return None
+    made = into / "smollm2-q8_0.gguf"
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, True
+    with tempfile.TemporaryDirectory(dir=into) as folder:
+        (gguf,) = smollm2.fetch(Path(folder)).rglob("*.gguf")
+        if llama_cpp.llama_model_quantize(os.fsencode(gguf), os.fsencode(made), options):
+            raise RuntimeError(f"llama.cpp could not make {made.name} of {gguf.name}")
+    return made
+
+
+def bench(name: str, base: Path, fp8: Path, generated: int, rounds: int, stock: bool = False,
+          gguf: Path | None = None):
     """Every round of every arm on one model: columns model, round, arm, kernel, work, tok_s."""
     flags = serving.default_flags(models.tiny(), hardware.serving_path(hardware.detect()))
     flags[flags.index("--max-model-len") + 1] = str(MAX_MODEL_LEN)
@@ -138,13 +170,18 @@ def bench(name: str, base: Path, fp8: Path, generated: int, rounds: int, stock: 
     with contextlib.ExitStack() as everything:
         measure = everything.enter_context(throughput.benchmark())
         arms, kernels = {"Transformers bf16": transformers_arm(base)}, {}
+        if gguf:
+            arms[LLAMA_CPP] = llama_cpp_arm(gguf, serving.threads(base))
+            kernels[LLAMA_CPP] = "llama.cpp"
         for arm, (model, env) in vllm_arms(base, fp8, stock).items():
             server = everything.enter_context(serving.VllmServer(model, flags, env=env))
             arms[arm], kernels[arm] = server_arm(server, measure), server.kernel
         for number, arm in throughput.order(list(arms), rounds + 1):
-            # The reference loop makes a token in seconds: one stream of four is all it is asked.
+            # The reference loop is slow: one stream of four tokens is all it is asked.
             some = [Work("1 stream", 1, 1, 4)] if arm == STOCK else all_work(generated)
             for work in some:
+                if arm == LLAMA_CPP and work.streams > 1:
+                    continue
                 tok_s = arms[arm](work)
                 if number > 1:  # the first round warms up
                     rows.append({"model": name, "round": number - 1, "arm": arm,
@@ -173,7 +210,8 @@ def record(table: pd.DataFrame, profile: models.Profile) -> None:
     path = hardware.serving_path(hardware.detect())
     for line in table.to_dict("records"):
         ledger.record(
-            "bench-cpu", "fp8" if "FP8" in line["arm"] else "bf16",
+            "bench-cpu",
+            next(kind for kind in ledger.ARMS if kind in line["arm"].lower()),
             work={"arm": line["arm"], "work": line["work"], "rounds": line["rounds"]},
             metrics={name: round(line[name], 4) for name in line if name.startswith(
                 ("tok_s", "ratio"))},
@@ -183,15 +221,13 @@ def record(table: pd.DataFrame, profile: models.Profile) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smollm2", type=Path, help="a directory of SmolLM2's own weights")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", help="the model whose name holds this")
     asked = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    smollm2 = "SmolLM2-135M" + ("" if asked.smollm2 else ", random weights")
     makers = {  # name: (how its 16-bit weights are had, tokens generated by each stream)
         "tiny-phi4": (lambda _: workspace.data("tiny_phi4"), 96),
-        smollm2: (lambda place: asked.smollm2 or random_model(SMOLLM2, place), 48),
+        "SmolLM2-135M": (lambda _: smollm2.obtain(), 48),
         f"{PHI4_LAYERS} layers of Phi-4, random weights": (phi4_slice, 12)}
     every = []
     for number, (name, (make, generated)) in enumerate(makers.items()):
@@ -203,7 +239,8 @@ def main() -> None:
         try:
             base = make(scratch / "model")
             fp8 = quantize.save(quantize.quantized(base), base, scratch / "model-fp8")
-            every.append(bench(name, base, fp8, generated, asked.rounds, stock=number == 0))
+            every.append(bench(name, base, fp8, generated, asked.rounds, stock=number == 0,
+                               gguf=smollm2_in_q8_0(scratch) if number == 1 else None))
             record(summary(every[-1]), models.directory_profile(base))
         finally:
             shutil.rmtree(scratch)
