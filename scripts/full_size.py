@@ -174,8 +174,10 @@ def _quantize_apart(base: Path, made: Path) -> dict:
             "quantize.stream(Path(sys.argv[1]), Path(sys.argv[2]))\n"
             "seconds = time.perf_counter() - start\n"
             "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+            # ru_maxrss would be that of the process which started this one, where that was larger.
+            "status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"
             "print(json.dumps({'seconds quantizing': seconds, 'seconds of CPU': used.ru_utime "
-            "+ used.ru_stime, 'peak bytes': used.ru_maxrss * 1024}))")
+            "+ used.ru_stime, 'peak bytes': int(status['VmHWM'].split()[0]) * 1024}))")
     done = subprocess.run([sys.executable, "-c", code, base, made], check=True, text=True,
                           stdout=subprocess.PIPE, cwd=workspace.repo())
     return json.loads(done.stdout.splitlines()[-1])
