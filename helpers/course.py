@@ -4,6 +4,7 @@
 """
 
 import json
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,18 +112,23 @@ class Course:
                         metrics=throughput.summary(rounds, arm))
 
     def __repr__(self) -> str:
-        note = f"\nnote     {self.machine.note}" if self.machine.note else ""
         gpus = ", ".join(gpu.name for gpu in self.machine.gpus) or "none"
+        lines = {
+            "machine": f"{self.machine.cpu_model}, {self.machine.cores} cores, "
+                       f"{self.machine.ram_bytes / 2**30:.0f} GiB RAM; GPU: {gpus}",
+            "path": f"{self.path.title}: {self.path.why}",
+            "model": f"{self.profile.title}, {self.profile.parameters:,} parameters, "
+                     f"task {self.profile.task}"}
+        if self.machine.note:
+            lines["note"] = self.machine.note
         if models.arms(self.profile, self.machine) == ("fp8",):
-            note += (f"\narms     FP8 alone: bf16 takes {self.profile.bf16_bytes / 1e9:.3g} GB of "
-                     "weights and does not fit; beside FP8 stand the figures published for bf16")
-        return (
-            f"machine  {self.machine.cpu_model}, {self.machine.cores} cores, "
-            f"{self.machine.ram_bytes / 2**30:.0f} GiB RAM; GPU: {gpus}\n"
-            f"path     {self.path.title}: {self.path.why}\n"
-            f"model    {self.profile.title}, {self.profile.parameters:,} parameters, "
-            f"task {self.profile.task}{note}"
-        )
+            lines["arms"] = (
+                f"FP8 alone: bf16 takes {self.profile.bf16_bytes / 1e9:.3g} GB of weights and does "
+                "not fit; beside FP8 stand the figures published for bf16")
+        # JupyterLab breaks a longer line in the middle of a word.
+        return "\n".join(textwrap.fill(line, 100, initial_indent=f"{name:9}",
+                                       subsequent_indent=" " * 9)
+                         for name, line in lines.items())
 
 
 def open_course() -> Course:

@@ -285,6 +285,8 @@ def outliers(tables: dict) -> None:
 
     `tables`: a model's name to `outliers.table` of it.
     """
+    from matplotlib.ticker import LogLocator
+
     figure, axes = _axes(width=11, height=3.6, columns=3)
     columns = {"weight scales": "largest / smallest\nchannel scale of a weight",
                "tokens": "loudest / quietest token\nof an input",
@@ -296,11 +298,13 @@ def outliers(tables: dict) -> None:
             axis.plot([100 * layer / max(depth) for layer in depth], table[column], mark, ms=4,
                       alpha=0.7, color=colour, label=name)
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
         axis.set_xlabel("depth, % of the layers")
         axis.set_title(title, loc="left")
     axes[0].set_ylabel("ratio")
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     largest = {name: table.max().round(0).astype(int) for name, table in tables.items()}
     show(figure, "Ratios over depth: " + "; ".join(
         f"{name}, at most {of['weight scales']:,} between channel scales, {of['tokens']:,} between "
@@ -391,6 +395,8 @@ def bench_cpu(table):
     ratio_max.
     """
     names = list(table["model"].unique())
+    colours = dict(zip(table["arm"].unique(), (GREY, BF16, FP8, THIRD, "black", "#56B4E9"),
+                       strict=False))
     figure, axes = _axes(5 * len(names), 3.8, len(names))
     for axis, name in zip(axes if len(names) > 1 else [axes], names, strict=True):
         of_model = table[table["model"] == name]
@@ -399,7 +405,7 @@ def bench_cpu(table):
             at = [works.index(work) + 0.18 * (place - 1.5) for work in lines["work"]]
             reach = [lines["ratio"] - lines["ratio_min"], lines["ratio_max"] - lines["ratio"]]
             axis.bar(at, lines["ratio"], 0.17, label=arm, yerr=reach, capsize=2,
-                     color=(GREY, BF16, FP8, THIRD, "black", "#56B4E9")[place])
+                     color=colours[arm])
         axis.axhline(1, color="black", lw=0.8)
         axis.set_xticks(range(len(works)), works)
         axis.set_ylabel("tokens/s over vLLM bf16's")
