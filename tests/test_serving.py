@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,6 +65,22 @@ def test_ready_means_it_answers(fp8_server):
     assert isinstance(fp8_server.complete("Question", max_tokens=5), str)
     assert isinstance(fp8_server.chat([{"role": "user", "content": "1 + 1"}], max_tokens=5), str)
     assert fp8_server.startup_seconds > 1
+
+
+def test_two_replicas_answer_behind_one_endpoint(tiny_fp8, fp8_server):
+    """Data parallel, run; two tensor-parallel ranks vLLM 0.32 refuses on a CPU of one NUMA node."""
+    prompts = [f"Question: Tom has {n} apples and buys 2 more. How many has he?\nAnswer:"
+               for n in range(3, 11)]
+    with serving.VllmServer(tiny_fp8, [*default_flags(), "--data-parallel-size", "2"]) as server:
+        with ThreadPoolExecutor(len(prompts)) as at_once:
+            answers = list(at_once.map(lambda prompt: server.complete(prompt, 24), prompts))
+        metrics = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
+        session = server.session
+    assert answers == [fp8_server.complete(prompt, 24) for prompt in prompts]
+    served = {engine: float(count) for engine, count in re.findall(
+        r'^vllm:generation_tokens_total{engine="(\d)".*} (\S+)$', metrics, re.MULTILINE)}
+    assert served.keys() == {"0", "1"} and min(served.values()) > 0
+    assert not left_after(session, GONE_WITHIN)
 
 
 def test_a_two_token_prompt_is_answered(fp8_server):
