@@ -1,4 +1,4 @@
-"""Every test and every notebook in one pytest run, in a workspace of its own.
+"""Every notebook and every test under pytest, in a workspace of their own.
 
 With the word `smollm2`: notebooks 01 to 04 on SmolLM2-135M-Instruct, and the tests of its making.
 """
@@ -17,6 +17,8 @@ from nbmake.nb_result import NotebookError, NotebookResult
 from nbmake.pytest_items import NotebookFailedException, NotebookItem
 from notebook_outputs import code_cells
 from run_notebooks import BUILD, REPO, notebooks
+
+from helpers import hardware
 
 LIMIT = 600  # seconds for each notebook; on two cores the longest takes about a quarter of it
 
@@ -57,12 +59,13 @@ class NotebookRuns:
         if set(self.expected) - self.passed:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
-    def pytest_terminal_summary(self, terminalreporter):
-        terminalreporter.section("notebooks")
+    def table(self) -> str:
+        lines = []
         for name in self.expected:
             took = f"{self.seconds[name]:6.1f} s" if name in self.seconds else "did not run"
             state = "passed" if name in self.passed else "FAILED"
-            terminalreporter.write_line(f"{name:<36}{took}  {state}")
+            lines.append(f"{name:<36}{took}  {state}")
+        return "\n".join(lines)
 
 
 def fail(item: NotebookItem, why: str) -> None:
@@ -90,15 +93,26 @@ def blank_copies(sources: list[Path], folder: Path) -> None:
 
 
 def run(sources: list[Path], tests: Path, workspace: Path) -> int:
-    """The notebooks in copies of their own, then the tests; pytest's exit code."""
+    """The notebooks in copies of their own, then the tests; pytest's first exit code but 0."""
     os.environ["PHI4_FP8_WORKSPACE"] = str(workspace)
     copies = workspace.with_name(f"{workspace.name}-notebooks")
     blank_copies(sources, copies)
-    # The notebooks first: the servers that the tests share would stay up beside them.
-    return pytest.main(
-        [str(copies), str(tests), "--nbmake", "--overwrite", f"--nbmake-timeout={LIMIT}",
-         "--durations=10", "-W", "ignore::pytest.PytestAssertRewriteWarning"],
-        plugins=[NotebookRuns([path.name for path in sources])])
+    runs = NotebookRuns([path.name for path in sources])
+    # The notebooks first and alone: they measure, and tests read what they leave.
+    noted = pytest.main([str(copies), "--nbmake", "--overwrite", f"--nbmake-timeout={LIMIT}"],
+                        plugins=[runs])
+    tested = pytest.main([str(tests), "--durations=10", *at_once(),
+                          "-W", "ignore::pytest.PytestAssertRewriteWarning"])  # nbmake's, loaded
+    print(runs.table())
+    return int(noted or tested)
+
+
+def at_once() -> list[str]:
+    """pytest's flags for two files of tests at a time; none where they would share a GPU's memory.
+
+    Most of their time is vLLM's start, which keeps one core busy.
+    """
+    return [] if hardware.detect().gpus else ["-n", "2", "--dist", "loadfile"]
 
 
 def main(words: list[str]) -> int:
