@@ -12,7 +12,7 @@ export VLLM_NO_USAGE_STATS = 1
 .PHONY: help setup preflight run lab test test-smollm2 test-browser lint notebooks full-size bench-cpu test-gpu lock clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup:  ## make the two environments, if they are not there
 	@command -v $(PYTHON) >/dev/null || { echo "No Python was found. Install Python 3.11 or newer \

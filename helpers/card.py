@@ -20,7 +20,10 @@ model.save_pretrained(directory, save_compressed=True)'''
 PATHS = """| hardware | what vLLM computes |
 |---|---|
 | compute capability 8.9 and newer (Ada, Hopper, Blackwell) | FP8 weights and activations (W8A8) |
-| 7.5 to 8.8 (Turing, Ampere) | FP8 weights, 16-bit activations (W8A16), Marlin kernels |"""
+| 7.5 to 8.8 (Turing, Ampere) | FP8 weights, 16-bit activations (W8A16) |
+
+On Turing and Ampere `--linear-backend marlin` asks for Marlin's kernels by name; without it vLLM
+0.32 takes another package's (Humming) where that is installed."""
 LIMITS = """Quantization changes how weights are stored, and not what the base model was made for.
 Read the base model's own card: {link}. For Phi-4 that means mainly English text, reasoning and
 question answering where memory or latency is short; it is no source of facts without retrieval,

@@ -216,8 +216,8 @@ def verify_fp8(base: Path, fp8: Path, ignore: tuple[str, ...] = ("lm_head",)) ->
     """Hold every tensor of an FP8 checkpoint to the prediction made from its base.
 
     Compared: names, types, shapes, total bytes, `quantization_config`; scales finite and positive;
-    copied tensors equal; every weight rebuilt to within half a step of its E4M3 grid. Raises
-    `WorkbookError` that lists each disagreement. `ROWS` rows at a time are in memory.
+    copied tensors equal; every weight rebuilt to within 17/16 of half a step of its E4M3 grid.
+    Raises `WorkbookError` that lists each disagreement. `ROWS` rows at a time are in memory.
     """
     before, actual = census(base), census(fp8)
     predicted = predict_fp8(before, ignore)

@@ -341,7 +341,8 @@ def collect(results: dict, arm: str) -> Evaluation:
 
 
 def _saved(task_name: str, arm: str) -> Path:
-    return workspace.root() / "results" / f"{task_name}-{re.sub(r'[^a-z0-9.]+', '-', arm)}.json"
+    return (workspace.root() / "results"
+            / f"{task_name}-{re.sub(r'[^a-z0-9.]+', '-', arm.lower())}.json")
 
 
 def load(task_name: str, arm: str) -> Evaluation | None:

@@ -122,6 +122,8 @@ def save(model, base: Path, place: Path) -> Path:
     with workspace.building(place, needs_bytes=written) as partial:
         with quiet():
             model.save_pretrained(partial, save_compressed=True)
+        for file in partial.glob("*.safetensors"):  # safetensors lets nobody but the owner read
+            file.chmod(0o644)  # them, and a container serves as another user
         for pattern in TOKENIZER_FILES:
             for file in base.glob(pattern):
                 shutil.copyfile(file, partial / file.name)

@@ -154,22 +154,27 @@ def listed(gpu: dict) -> Gpu:
 
 
 def gpu_table(config: dict):
-    """By GPU: path, memory, bandwidth, and one stream's decoding ceilings in tokens/s.
+    """By GPU: path, memory, bandwidth, one stream's ceilings in tokens/s, and what can be served.
 
     A DataFrame; the ceiling is bandwidth over bytes per token, an upper bound that no server
-    reaches.
+    reaches. "fits": the weights leave room for a KV cache, and vLLM has a kernel.
     """
     import pandas as pd
 
     bf16, fp8 = decode_bytes(config, "bf16"), decode_bytes(config, "fp8")
-    path = {"gpu-w8a8": "W8A8", "gpu-w8a16": "W8A16", "none": "none"}
-    return pd.DataFrame([{
-        "GPU": gpu["name"],
-        "path": path[hardware.gpu_path(listed(gpu)).key],
-        "memory, GB": gpu["memory_gb"], "bandwidth, GB/s": gpu["bandwidth_gb_s"],
-        "bf16 ceiling": round(gpu["bandwidth_gb_s"] * 1e9 / bf16, 1),
-        "FP8 ceiling": round(gpu["bandwidth_gb_s"] * 1e9 / fp8, 1),
-    } for gpu in sorted(gpus(), key=lambda gpu: gpu["bandwidth_gb_s"])]).set_index("GPU")
+    paths = {"gpu-w8a8": "W8A8", "gpu-w8a16": "W8A16", "none": "none"}
+    rows = []
+    for gpu in sorted(gpus(), key=lambda gpu: gpu["bandwidth_gb_s"]):
+        path, speed = paths[hardware.gpu_path(listed(gpu)).key], gpu["bandwidth_gb_s"] * 1e9
+        tokens = {arm: budget(config, arm, gpu["memory_gb"] * 10**9, speed).tokens
+                  for arm in ("bf16", "fp8")}
+        rows.append({
+            "GPU": gpu["name"], "path": path,
+            "memory, GB": gpu["memory_gb"], "bandwidth, GB/s": gpu["bandwidth_gb_s"],
+            "bf16 ceiling": round(speed / bf16, 1), "FP8 ceiling": round(speed / fp8, 1),
+            "bf16 fits": "yes" if tokens["bf16"] else "no",
+            "FP8 fits": "no kernel" if path == "none" else "yes" if tokens["fp8"] else "no"})
+    return pd.DataFrame(rows).set_index("GPU")
 
 
 def read_bandwidth(machine: Machine) -> Bandwidth:

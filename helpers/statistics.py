@@ -140,22 +140,21 @@ def detectable_loss_unpaired(n, accuracy: float = 0.93, power: float = 0.8, alph
         -loss, accuracy, rows, alpha=alpha, return_results=False) - power)
 
 
-def ratio_of_medians(numerator, denominator, confidence: float = 0.95, seed: int = 0) -> Interval:
-    """Median of one set of rounds over another's, with a bootstrap percentile interval.
+def ratio_by_round(numerator, denominator, confidence: float = 0.95, seed: int = 0) -> Interval:
+    """Median over the rounds of one arm over the other, with a bootstrap percentile interval.
 
-    The two sets are resampled independently, 9,999 times. With r rounds an arm the interval
-    cannot leave the range of the observed ratios; from under 5 rounds it is too narrow.
+    `numerator[i]` and `denominator[i]` are of round i, measured next to each other: a machine that
+    is slower in one round slows both, and their ratio stays. The rounds are resampled 9,999 times.
+    With 5 rounds the interval is the range of their ratios, which holds the true median in 94 of
+    100 cases (1 - 2 * 0.5^5); with fewer it holds it less often.
     Source: scipy `bootstrap`.
     """
     from scipy.stats import bootstrap
 
-    def ratio(a, b, axis=-1):
-        return np.median(a, axis=axis) / np.median(b, axis=axis)
-
-    samples = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
-    found = bootstrap(samples, ratio, confidence_level=confidence, method="percentile",
+    ratios = np.asarray(numerator, dtype=float) / np.asarray(denominator, dtype=float)
+    found = bootstrap((ratios,), np.median, confidence_level=confidence, method="percentile",
                       rng=np.random.default_rng(seed)).confidence_interval
-    return Interval(float(ratio(*samples)), float(found.low), float(found.high))
+    return Interval(float(np.median(ratios)), float(found.low), float(found.high))
 
 
 def in_words(ratio: Interval) -> str:

@@ -23,6 +23,9 @@ from helpers import WorkbookError, hardware, serving, workspace
 if TYPE_CHECKING:
     import pandas as pd
 
+# The benchmark sends the same prompts in every run: from a cached prefix no prefill would be timed.
+NO_REUSE = ["--no-enable-prefix-caching"]
+
 _SERVER_MEMORY = 4 * 2**30  # bytes that a server on a CPU takes beside its weights
 
 
@@ -74,14 +77,14 @@ def compare(arms: dict[str, Path], profile, path, work: dict[int, list[str]],
 
     `work`: number of streams to the benchmark's flags. A table with one row per round, arm and
     number of streams: round, arm, streams, kernel, output_tok_s, joules_per_token (of the GPU, the
-    prompt's included; NaN where none reports it) and `LATENCIES`. All servers run at once where
-    memory allows, else only the one that is measured. After a server's start one run of each
-    piece of work is thrown away.
+    prompt's included; NaN where none reports it) and `LATENCIES`. On a CPU all servers run at once
+    where memory allows, else only the one that is measured: five rounds of two arms take six
+    starts. After a server's start one run of each piece of work is thrown away.
     """
     import pandas as pd
     from tqdm.auto import tqdm
 
-    server_flags = serving.default_flags(profile, path)
+    server_flags = [*serving.default_flags(profile, path), *NO_REUSE]
     together = path.device == "cpu" and _fit_together(arms)
     rows = []
     with contextlib.ExitStack() as everything, benchmark() as measure:

@@ -224,8 +224,8 @@ def watch(process: subprocess.Popen, what: str, nbytes: int) -> None:
         with contextlib.suppress(OSError, ValueError, IndexError):  # it has just ended
             io = Path(f"/proc/{process.pid}/io").read_text()
             written = int(re.search(r"^write_bytes: (\d+)", io, re.M)[1])
-            line = (f"      {what}: {elapsed:.0f} s, {written / GB:.1f} of about {nbytes / GB:.1f} "
-                    "GB written")
+            of = f" of about {nbytes / GB:.1f}" if nbytes else ""
+            line = f"      {what}: {elapsed:.0f} s, {written / GB:.1f}{of} GB written"
             print(f"\r{line}\033[K" if tty else line, end="" if tty else "\n", flush=True)
     if tty:
         print("\r\033[K", end="", flush=True)

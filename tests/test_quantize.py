@@ -26,6 +26,10 @@ def test_the_checkpoint_is_whole_and_holds_all_that_a_server_needs(tiny_base, ti
     assert ours.apply_chat_template(talk) == base.apply_chat_template(talk)
 
 
+def test_every_file_can_be_read_by_the_user_that_a_container_runs_as(tiny_fp8):
+    assert all(file.stat().st_mode & 0o044 == 0o044 for file in tiny_fp8.iterdir())
+
+
 def test_the_config_names_the_scheme_that_vllm_reads(tiny_fp8):
     config = json.loads((tiny_fp8 / "config.json").read_text())["quantization_config"]
     (group,) = config["config_groups"].values()

@@ -39,7 +39,8 @@ def test_a_tiny_models_score_is_never_set_against_phi4s(tmp_path):
                **{"strict-match": 0.93, "flexible-extract": 0.93})
     found = verdicts([tiny])
     assert found["verdict"] == "not measured here"
-    assert found["measured"].startswith("another experiment: tiny-phi4 on tiny_gsm8k, 0.93")
+    assert found["measured"].startswith(
+        "another experiment: tiny-phi4 on 100 rows of tiny_gsm8k, 0.93")
 
 
 @pytest.mark.parametrize("change", [{"limit": 200}, {"num_fewshot": 0}, {"task": "gsm8k_cot"}])

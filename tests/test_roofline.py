@@ -71,6 +71,14 @@ def test_every_gpu_has_a_source_and_a_path_by_its_capability():
     assert table["path"].to_dict()["V100 SXM2 32 GB"] == "none"
 
 
+@pytest.mark.parametrize("name, bf16, fp8", [("A40", "yes", "yes"), ("L4", "no", "yes"),
+                                             ("T4", "no", "no"),
+                                             ("V100 SXM2 32 GB", "no", "no kernel")])
+def test_what_a_gpu_can_serve_of_phi4(name, bf16, fp8):
+    gpu = roofline.gpu_table(PHI4).loc[name]
+    assert (gpu["bf16 fits"], gpu["FP8 fits"]) == (bf16, fp8)
+
+
 def test_a_gpus_bandwidth_is_its_data_sheets():
     gpu = hardware.Gpu(0, "NVIDIA A40", 48 * 10**9, (8, 6), "")
     found = roofline.read_bandwidth(SimpleNamespace(gpus=(gpu,)))
