@@ -55,7 +55,7 @@ notebooks: export CUDA_VISIBLE_DEVICES =
 notebooks: setup  ## execute the notebooks on the CPU and write them back with their outputs
 	@.venv/bin/python scripts/run_notebooks.py refresh
 
-lock: setup  ## resolve the requirements anew into constraints/
+lock: setup  ## resolve the requirements anew into requirements/constraints/
 	@.venv/bin/python scripts/lock.py .uv/bin/uv
 
 clean:  ## remove build/ and caches; the environments and the workspace stay

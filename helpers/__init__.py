@@ -1,4 +1,8 @@
-"""The plumbing under the notebooks: small modules, one subject each."""
+"""The plumbing under the notebooks: small modules, one subject each.
+
+All of them run in the notebook's environment, .venv, but for `helpers.serve_side`, which runs in
+vLLM's, .venv-serve, or wraps a process of it.
+"""
 
 __version__ = "0.1.0"
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from helpers import checkpoint, fp8, statistics
+from helpers import checkpoint, fp8, stats
 
 GROUP = 128  # of block scales: DeepSeek-V3, https://arxiv.org/abs/2412.19437, section 3.3
 TINY = 1e-12  # a row of zeros has a scale too
@@ -321,12 +321,12 @@ def accuracy(model, tokenizer, rows: list[dict], formats: tuple[Format, ...] = F
             arms[format.name] = solved(model, tokenizer, rows)
     found = {}
     for name, right in arms.items():
-        interval = statistics.wilson(right)
+        interval = stats.wilson(right)
         found[name] = {
             "right": sum(right), "accuracy": interval.value, "low": interval.low,
             "high": interval.high,
             "lost": sum(a and not b for a, b in zip(base, right, strict=True)),
             "gained": sum(b and not a for a, b in zip(base, right, strict=True)),
-            "p": statistics.mcnemar(base, right)}
+            "p": stats.mcnemar(base, right)}
     return pd.DataFrame(found).T.rename_axis("format").astype(
         {"right": int, "lost": int, "gained": int})

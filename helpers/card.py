@@ -6,7 +6,7 @@ Every figure on the card is a row of the ledger. What the ledger lacks, the card
 
 from pathlib import Path
 
-from helpers import WorkbookError, ledger, statistics, workspace
+from helpers import WorkbookError, ledger, stats, workspace
 from helpers.models import Profile
 
 NOT_MEASURED = "not measured"
@@ -131,7 +131,7 @@ def _accuracy(rows: list[dict]) -> str:
         work, metrics = row["work"], row["metrics"]
         for kind in ("strict-match", "flexible-extract"):
             right = round(metrics[kind] * work["limit"])
-            interval = statistics.wilson([1] * right + [0] * (work["limit"] - right))
+            interval = stats.wilson([1] * right + [0] * (work["limit"] - right))
             lines.append(
                 f"| {title} | {work['task']}, {work['limit']:,}, {work['num_fewshot']} | {kind} | "
                 f"{metrics[kind]:.4f} ± {metrics[f'{kind}_stderr']:.4f} | {interval.low:.3f} to "

@@ -8,7 +8,17 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import evaluation, hardware, ledger, models, quantize, serving, throughput, workspace
+from helpers import (
+    evaluation,
+    hardware,
+    hub,
+    ledger,
+    models,
+    quantize,
+    serving,
+    throughput,
+    workspace,
+)
 from helpers.hardware import Machine, ServingPath
 from helpers.models import Profile
 
@@ -25,7 +35,7 @@ class Course:
 
     def base(self) -> Path:
         """The base model's directory, fetched and checked."""
-        return models.obtain(self.profile)
+        return hub.obtain(self.profile)
 
     def fp8(self) -> Path:
         """The FP8 checkpoint's directory, made and verified if it is not there."""

@@ -9,7 +9,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-# The version that the workbook is tested with (requirements-serve.txt; a test compares).
+# The version that the workbook is tested with (requirements/serve.txt; a test compares).
 IMAGE = "vllm/vllm-openai:v0.32.0"
 PORT = 8000
 MOUNT = "/model"

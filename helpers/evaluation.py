@@ -24,7 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
-from helpers import WorkbookError, serving, workspace
+from helpers import WorkbookError, server_log, workspace
+from helpers.progress import in_notebook
 
 GSM8K_VARIABLE = "PHI4_FP8_GSM8K"
 FILTERS = ("strict-match", "flexible-extract")
@@ -202,7 +203,7 @@ def watched(server, arm: str):
         raise WorkbookError(
             f"The {arm} server did not answer a request: {error}.",
             f"{progress.done} of {progress.total} answers had arrived, and they are kept. "
-            f"{serving.explain(server.log())[0]}",
+            f"{server_log.explain(server.log())[0]}",
             "Start the server again and run this cell again: only the missing rows are asked for. "
             f"The server's log is {server.log_path}.") from None
     except (ConnectionError, DatasetsError) as error:
@@ -288,7 +289,7 @@ class _Progress:
         if last:
             form = "{desc}: {n_fmt} answers in {elapsed}"
         line = tqdm.format_meter(self.done, self.total, gone, prefix=self.label, bar_format=form)
-        if serving.in_notebook():
+        if in_notebook():
             from IPython.display import display
 
             shown = {"text/plain": line}

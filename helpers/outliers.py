@@ -8,7 +8,7 @@ import json
 from importlib import metadata
 from pathlib import Path
 
-from helpers import ablation, checkpoint, models, quantize, workspace
+from helpers import ablation, checkpoint, hub, models, quantize, workspace
 
 MEASURED = workspace.data("measured", "outliers.json")
 
@@ -51,7 +51,7 @@ def measured() -> dict:
 
 def measure(profile) -> dict:
     """One model's entry of the file: where it comes from, its FP8 checkpoint, its figures."""
-    base = models.obtain(profile)
+    base = hub.obtain(profile)
     fp8 = quantize.fp8_checkpoint(profile, base)
     model, tokenizer = ablation.load(base)
     found = table(model, fp8, text(tokenizer))

@@ -367,7 +367,7 @@ def concurrency(rounds) -> None:
 
 def throughput_rounds(speed) -> None:
     """Tokens/s of the arms, round by round; `speed`: index round, columns "bf16", "fp8", or one."""
-    from helpers import statistics
+    from helpers import stats
 
     figure, axis = _axes()
     for arm in speed:
@@ -381,7 +381,7 @@ def throughput_rounds(speed) -> None:
     title, words = "One stream, FP8 alone", f"Tokens per second of {_names(speed.columns)} over " \
         f"{len(speed)} rounds"
     if len(speed.columns) == 2:
-        ratio = statistics.in_words(statistics.ratio_by_round(speed["fp8"], speed["bf16"]))
+        ratio = stats.in_words(stats.ratio_by_round(speed["fp8"], speed["bf16"]))
         title = f"One stream, FP8 over bf16: {ratio.split(',')[0].split(' (')[0]}"
         words += f"; FP8 over bf16 is {ratio}"
     axis.set_title(title, loc="left")

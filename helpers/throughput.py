@@ -1,7 +1,7 @@
 """Decoding speed by vLLM's own serving benchmark, run and read.
 
 The benchmark lives in the serving environment and takes several seconds to import. So one process
-there (`python -m helpers.throughput`, the end of this file) imports it once and runs it as often
+there (`helpers.serve_side.bench_worker`) imports it once and runs it as often
 as it is asked to, with the arguments and the key it is sent over a pipe.
 """
 
@@ -10,7 +10,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +145,7 @@ def benchmark() -> Iterator:
     env.pop("PYTHONPATH", None)
     with open(logs / "benchmark.log", "a") as log:
         worker = subprocess.Popen(
-            [str(serving.serve_python()), "-m", "helpers.throughput"], env=env,
+            [str(serving.serve_python()), "-m", "helpers.serve_side.bench_worker"], env=env,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         yield lambda server, flags: _measure(worker, server, flags)
@@ -193,28 +192,3 @@ def _checked(raw: dict, prompts: int, output_tokens: int) -> BenchResult:
         output_tokens=raw["output_lens"], ttft_ms=raw["median_ttft_ms"],
         tpot_ms=raw["median_tpot_ms"], itl_ms=raw["median_itl_ms"],
         ttft_p99_ms=raw["p99_ttft_ms"], itl_p99_ms=raw["p99_itl_ms"], raw=raw)
-
-
-def _serve_requests() -> None:
-    """In the serving environment: a line of JSON in, a run of the benchmark, a line out."""
-    import argparse
-
-    from vllm.benchmarks import serve
-
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the benchmark prints goes to the log
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    serve.add_cli_args(parser)
-    for line in sys.stdin:
-        request = json.loads(line)
-        os.environ["OPENAI_API_KEY"] = request["key"]
-        try:
-            answer = {"result": serve.main(parser.parse_args(request["arguments"]))}
-        except (Exception, SystemExit) as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer, default=float) + "\n")
-        answers.flush()
-
-
-if __name__ == "__main__":
-    _serve_requests()

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from helpers import WorkbookError, ablation, checkpoint, plots
-from helpers.vllm_cpu import upcast
+from helpers.fp8 import upcast
 
 SLICE = 2**19  # weights worked on at once: 2 MB in float32 stay in the processor's cache
 MAP_ROWS = 64  # output channels that a cell of the SQNR map is taken from

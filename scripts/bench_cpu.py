@@ -39,9 +39,9 @@ from helpers import (
     serving,
     smollm2,
     throughput,
-    vllm_cpu,
     workspace,
 )
+from helpers.serve_side import cpu_kernels
 
 OUT = workspace.repo() / "build" / "bench-cpu"
 STOCK = "vLLM FP8, stock"
@@ -93,8 +93,8 @@ def phi4_slice(place: Path) -> Path:
 def vllm_arms(base: Path, fp8: Path, stock: bool) -> dict[str, tuple[Path, dict[str, str]]]:
     """Of each arm that is a vLLM server: the checkpoint and what its environment adds."""
     arms = {"vLLM bf16": (base, {})}
-    for numerics in vllm_cpu.NUMERICS:
-        arms[f"vLLM FP8, {numerics.upper()}"] = (fp8, {vllm_cpu.VARIABLE: numerics})
+    for numerics in cpu_kernels.NUMERICS:
+        arms[f"vLLM FP8, {numerics.upper()}"] = (fp8, {cpu_kernels.VARIABLE: numerics})
     return arms | ({STOCK: (fp8, {"VLLM_PLUGINS": ""})} if stock else {})
 
 

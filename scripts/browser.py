@@ -8,8 +8,8 @@ import sys
 import environments
 from environments import GB, REPO, Environment, SetupError
 
-ENVIRONMENT = Environment(REPO / ".venv-browser", REPO / "requirements-browser.txt",
-                          REPO / "constraints" / "browser.txt", None, int(0.2 * GB))
+ENVIRONMENT = Environment(REPO / ".venv-browser", REPO / "requirements/browser.txt",
+                          REPO / "requirements/constraints/browser.txt", None, int(0.2 * GB))
 REMEDY = "Install it (on Debian: apt install chromium) and run the same command again."
 
 

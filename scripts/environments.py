@@ -55,16 +55,17 @@ class Environment:
 
 def environments(gpu: bool, repo: Path = REPO) -> list[Environment]:
     """The notebook environment and the serving environment, for a machine with a GPU or without."""
-    held = repo / "constraints"
+    lists = repo / "requirements"
+    held = lists / "constraints"
     notebook = (repo / ".venv", repo / "requirements.txt", held / "notebook.txt", None)
     serve = repo / ".venv-serve"
     if gpu:
         return [Environment(*notebook, int(2.4 * GB) + CUDA_TORCH),
-                Environment(serve, repo / "requirements-serve.txt", held / "serve.txt", None,
+                Environment(serve, lists / "serve.txt", held / "serve.txt", None,
                             13 * GB)]
     return [Environment(*notebook, int(2.4 * GB)),
-            Environment(serve, repo / "requirements-serve-cpu.txt", held / "serve-cpu.txt",
-                        held / "serve-cpu-overrides.txt", int(2.5 * GB))]
+            Environment(serve, lists / "serve-cpu.txt", held / "serve-cpu.txt",
+                        lists / "serve-cpu-overrides.txt", int(2.5 * GB))]
 
 
 def fingerprint(env: Environment, repo: Path = REPO) -> str:

@@ -1,6 +1,6 @@
-"""Write constraints/*.txt: the exact version of every package the requirements pull in.
+"""Write requirements/constraints/*.txt: the exact version of every package that is pulled in.
 
-`make lock`, after editing requirements*.txt. Versions already in constraints/ are kept where they
+`make lock`, after editing the requirements. Versions already in constraints/ are kept where they
 still fit. Resolved once for each Python, with PyPI's torch, so that the result does not depend on
 the machine; torch's own CUDA packages are left out, because torch pins them itself and a machine
 with a CPU build of torch must not get them.
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-CONSTRAINTS = REPO / "constraints"
+CONSTRAINTS = REPO / "requirements" / "constraints"
 PYTHONS = ("3.11", "3.12", "3.13")
 TORCH_OWN = re.compile(r"^(torch|cuda-[a-z-]+|nvidia-(?!ml-py)[a-z0-9-]+)==")
 HEADER = "# Written by `make lock`; do not edit. Versions held for {}, Linux on x86-64.\n"
@@ -22,9 +22,9 @@ HEADER = "# Written by `make lock`; do not edit. Versions held for {}, Linux on 
 # requirements file, constraints file, overrides file or None, whether torch's packages are dropped
 SETS = (
     ("requirements.txt", "notebook.txt", None, True),
-    ("requirements-serve-cpu.txt", "serve-cpu.txt", "serve-cpu-overrides.txt", True),
-    ("requirements-serve.txt", "serve.txt", None, False),
-    ("requirements-browser.txt", "browser.txt", None, False),
+    ("requirements/serve-cpu.txt", "serve-cpu.txt", "serve-cpu-overrides.txt", True),
+    ("requirements/serve.txt", "serve.txt", None, False),
+    ("requirements/browser.txt", "browser.txt", None, False),
 )
 
 
@@ -39,7 +39,7 @@ def resolve(uv: Path, python: str, requirements: str, overrides: str | None,
                    "--python-version", python, "--python-platform", "x86_64-manylinux_2_28",
                    REPO / requirements, "-o", output]
         if overrides:
-            command += ["--overrides", CONSTRAINTS / overrides]
+            command += ["--overrides", REPO / "requirements" / overrides]
         # Without find-links: a wheel lying on this machine must not end up in the lock.
         environment = {k: v for k, v in os.environ.items() if k != "UV_FIND_LINKS"}
         subprocess.run(command, check=True, env=environment)

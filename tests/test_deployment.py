@@ -38,7 +38,7 @@ def ask_vllm(commands: list[list[str]]) -> list[dict]:
 
 def test_the_image_is_of_the_version_that_is_tested():
     assert f"vllm=={deployment.IMAGE.rpartition(':v')[2]}\n" in (
-        REPO / "requirements-serve.txt").read_text()
+        REPO / "requirements/serve.txt").read_text()
 
 
 def test_the_docker_line_mounts_the_checkpoint_and_binds_to_this_machine(own, tiny_base):

@@ -12,16 +12,16 @@ from conftest import REPO
 from local_hub import Hub, etag, serve
 from safetensors.torch import save
 
-from helpers import models
+from helpers import hub as hub_module
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 PROGRAM = """
 import dataclasses, sys
-from helpers import WorkbookError, models
+from helpers import WorkbookError, hub, models
 profile = dataclasses.replace(models.PHI4, repo="some/model", revision=sys.argv[1],
                               bf16_bytes=10**6)
 try:
-    print("path", models.obtain(profile))
+    print("path", hub.obtain(profile))
 except WorkbookError as error:
     print(error)
 """
@@ -41,7 +41,7 @@ def settings(hub, home) -> dict[str, str]:
 
 
 def obtain(hub, home, **environment) -> str:
-    """What `models.obtain` says in a process of its own, as the client reads its settings once."""
+    """What `hub.obtain` says in a process of its own, as the client reads its settings once."""
     done = subprocess.run([sys.executable, "-c", PROGRAM, SHA], capture_output=True, text=True,
                           cwd=REPO, env=settings(hub, home) | environment)
     assert "Traceback" not in done.stderr, done.stderr
@@ -96,7 +96,7 @@ def test_a_download_that_was_ended_asks_for_the_missing_bytes_alone(hub, tmp_pat
     assert 10 * 2**20 <= kept < len(large)
     whole = [file for file in blobs.iterdir() if file.suffix != ".incomplete"]
     assert [file.read_bytes() for file in whole] == [hub.files["model.safetensors"]]
-    assert models._bytes_in(blobs) == kept + len(hub.files["model.safetensors"])
+    assert hub_module._bytes_in(blobs) == kept + len(hub.files["model.safetensors"])
 
     hub.fetched.clear()
     assert obtain(hub, tmp_path) == f"path {snapshot(tmp_path)}\n"

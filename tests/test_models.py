@@ -11,7 +11,7 @@ import sys
 import pytest
 from conftest import REPO
 
-from helpers import WorkbookError, hardware, models, workspace
+from helpers import WorkbookError, hardware, hub, models, workspace
 
 GB = 10**9
 
@@ -76,14 +76,14 @@ def test_the_bundled_profile_is_the_bundled_directory(tiny_base):
     assert 2_000_000 < profile.parameters < 5_000_000
     assert profile.bf16_bytes == 2 * profile.parameters
     assert profile.revision.startswith("sha256:")
-    assert models.obtain(profile) == tiny_base
+    assert hub.obtain(profile) == tiny_base
 
 
 def test_a_directory_is_a_profile(tiny_base, tmp_path):
     copy = shutil.copytree(tiny_base, tmp_path / "mine")
     profile = models.choose(machine(), str(copy))
     assert (profile.name, profile.source, profile.task) == ("mine", "directory", "tiny_gsm8k")
-    assert models.obtain(profile) == copy
+    assert hub.obtain(profile) == copy
 
 
 @pytest.mark.parametrize("damage, says", [
@@ -106,9 +106,9 @@ def test_a_directory_that_is_no_usable_model_is_refused(tiny_base, tmp_path, dam
 
 
 def obtain_offline(tmp_path, **environment) -> str:
-    """What `models.obtain` of Phi-4 says in a process of its own, with an empty cache."""
+    """What `hub.obtain` of Phi-4 says in a process of its own, with an empty cache."""
     code = ("from helpers import WorkbookError, models\n"
-            "try: models.obtain(models.PHI4)\n"
+            "try: hub.obtain(models.PHI4)\n"
             "except WorkbookError as error: print(error)")
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO,
                           env=os.environ | {"HF_HOME": str(tmp_path)} | environment).stdout

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from helpers import WorkbookError, hardware, models, serving, workspace
+from helpers import WorkbookError, hardware, models, server_log, serving, workspace
 
 GONE_WITHIN = 10  # seconds
 
@@ -198,12 +198,12 @@ def test_a_flag_that_vllm_does_not_know(tmp_workspace, tiny_base):
     ("", "last line is: nothing", ""),
 ])
 def test_the_reason_is_the_first_cause_in_the_log(log, reason, remedy):
-    meaning, todo = serving.explain(log, 1)
+    meaning, todo = server_log.explain(log, 1)
     assert reason in meaning and remedy in todo and "\n" not in meaning
 
 
 def test_a_server_killed_for_memory_says_so():
-    meaning, todo = serving.explain("INFO loading\n", 128 + signal.SIGKILL)
+    meaning, todo = server_log.explain("INFO loading\n", 128 + signal.SIGKILL)
     assert "SIGKILL" in meaning and "memory" in todo
 
 
@@ -294,5 +294,5 @@ def test_the_default_flags_of_a_path():
     ("INFO nothing of kernels\n", "not named in the log"),
 ])
 def test_the_kernels_of_a_gpu_are_read_from_the_log(tiny_fp8, tiny_base, log, kernel):
-    assert serving._selected_kernel(tiny_fp8, log) == kernel
-    assert serving._selected_kernel(tiny_base, "") == "unquantized"
+    assert server_log.selected_kernel(tiny_fp8, log) == kernel
+    assert server_log.selected_kernel(tiny_base, "") == "unquantized"

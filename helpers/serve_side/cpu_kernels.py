@@ -46,9 +46,10 @@ than `ref` on a CPU without AMX-FP8; ONEDNN_VERBOSE=1 names it:
     a8, b8, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), torch.ones(())
     torch._scaled_mm(a8, b8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
 
-`python -m helpers.vllm_cpu 5120 5120` times it beside the others. `torch.ops._C.fp8_scaled_mm_cpu`,
-which vLLM already builds, does the work at the speed of the memory: with `convert_weight_packed`,
-unit block scales, and the channel's scale multiplied afterwards.
+`python -m helpers.serve_side.layer_times 5120 5120` times it beside the others.
+`torch.ops._C.fp8_scaled_mm_cpu`, which vLLM already builds, does the work at the speed of the
+memory: with `convert_weight_packed`, unit block scales, and the channel's scale multiplied
+afterwards.
 
 That op reads subnormal codes, zero among them, as normal numbers (`packs_exactly`). This prints
 tensor([[1., ...]]), where it should print zeros:
@@ -66,6 +67,8 @@ import functools
 import logging
 import os
 from typing import TYPE_CHECKING
+
+from helpers.fp8 import FLOAT16_READING, upcast
 
 if TYPE_CHECKING:
     import torch
@@ -89,10 +92,6 @@ _ONEDNN_PRIMITIVES = 32
 # product. Measured on a Zen 4 with 32 MB of L3, 5120 x 5120, one row: 5.1 ms; 0.25 and 4 times as
 # many weights: 9.8 and 18 ms.
 _UPCAST_WEIGHTS = 2**20
-
-# An E4M3 code moved into a float16's bits has the exponent bias 15 instead of 7: it reads as its
-# value times 2^-8.
-_FLOAT16_READING = 2.0**8
 
 
 def register() -> None:
@@ -216,8 +215,8 @@ def packs_exactly(weight: torch.Tensor) -> bool:
     step = max(1, _UPCAST_WEIGHTS // weight.shape[1])
     for rows in weight.split(step):
         magnitude = upcast(rows).abs()
-        wrong = (magnitude < 2.0**-6 / _FLOAT16_READING).sum(1) * 2.0**-7
-        if bool((wrong > magnitude.sum(1) * (_FLOAT16_READING * 2.0**-9)).any()):
+        wrong = (magnitude < 2.0**-6 / FLOAT16_READING).sum(1) * 2.0**-7
+        if bool((wrong > magnitude.sum(1) * (FLOAT16_READING * 2.0**-9)).any()):
             return False
     return True
 
@@ -253,19 +252,6 @@ def _ones(blocks: int) -> torch.Tensor:
     return torch.ones(1, blocks)
 
 
-def upcast(codes: torch.Tensor) -> torch.Tensor:
-    """float8_e4m3fn codes as float32 values times 2^-8, exactly; five times as fast as `.to`.
-
-    The seven bits below the sign are shifted to the top of a float16's exponent and mantissa,
-    where they mean the same number with another bias, subnormals included. The two NaN codes
-    become +-480 / 256.
-    """
-    import torch
-
-    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
-    return bits.bitwise_and_(0xBF80 - 0x10000).view(torch.float16).to(torch.float32)
-
-
 def upcast_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [M, K], any float dtype, times [N, K] float8_e4m3fn codes: float32 [M, N], no scale.
 
@@ -273,7 +259,7 @@ def upcast_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    x = x.to(torch.float32) * _FLOAT16_READING
+    x = x.to(torch.float32) * FLOAT16_READING
     out = torch.empty(x.shape[0], weight.shape[0])
     step = max(1, _UPCAST_WEIGHTS // weight.shape[1])
     for start in range(0, weight.shape[0], step):
@@ -376,84 +362,7 @@ def kernel_class(numerics: str) -> type:
 
         def product(self, layer, x, bias):
             codes, x_scale = self.quant_fp8(x)
-            product = upcast_product(upcast(codes), layer.weight).mul_(_FLOAT16_READING)
+            product = upcast_product(upcast(codes), layer.weight).mul_(FLOAT16_READING)
             return scaled(product, layer.weight_scale * x_scale, bias, x.dtype)
 
     return {"w8a16": CpuFp8W8A16LinearKernel, "w8a8": CpuFp8W8A8LinearKernel}[numerics]
-
-
-# One layer, timed: what notebook 04 shows.
-
-
-def layer_times(rows: int, columns: int):
-    """Milliseconds for one token through one [rows, columns] layer, by kernel, on this CPU.
-
-    A DataFrame with columns kernel, numerics and ms (medians): bf16 as vLLM computes it, vLLM's own
-    choice for FP8 without this plugin, and the two with it. On one thread, since on a busy machine
-    two wait for each other longer than a small layer takes. Runs in the serving environment.
-    """
-    import json
-    import subprocess
-
-    import pandas as pd
-
-    from helpers import WorkbookError, serving
-
-    ran = subprocess.run([serving.serve_python(), "-m", "helpers.vllm_cpu", str(rows),
-                          str(columns)], capture_output=True, text=True,
-                         env={**os.environ, **serving.ENVIRONMENT, "OMP_NUM_THREADS": "1"})
-    if ran.returncode != 0:
-        raise WorkbookError("The kernels could not be timed.",
-                            (ran.stderr.strip().splitlines() or ["no reason was given"])[-1],
-                            "See that `make setup` has run, then try again.")
-    return pd.DataFrame(json.loads(ran.stdout.splitlines()[-1]))
-
-
-def _time_layer(rows: int, columns: int) -> list[dict]:
-    """The rows of `layer_times`, in the serving environment's Python."""
-    import statistics
-    import time
-
-    import torch
-    from vllm import _custom_ops as ops
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.model_executor.kernels.linear import init_fp8_linear_kernel
-    from vllm.model_executor.layers.quantization.utils import quant_utils as keys
-
-    def milliseconds(compute, limit: int = 50) -> float:
-        took = []
-        while len(took) < limit and sum(took) < 1000 or len(took) < 2:
-            begun = time.perf_counter()
-            compute()
-            took.append(1000 * (time.perf_counter() - begun))
-        return statistics.median(took[1:])  # the first one makes oneDNN's primitive
-
-    x = torch.randn(1, columns).bfloat16()
-    codes = torch.randn(rows, columns).to(torch.float8_e4m3fn)
-    handler = ops.create_onednn_mm(codes.to(torch.bfloat16).t(), 1)
-    found = [{"kernel": "oneDNN", "numerics": "bf16",
-              "ms": milliseconds(lambda: ops.onednn_mm(handler, x, None))}]
-    for numerics in ("stock", *NUMERICS):
-        if numerics != "stock":
-            os.environ[VARIABLE] = numerics
-            register()
-        with set_current_vllm_config(VllmConfig()):
-            kernel = init_fp8_linear_kernel(
-                activation_quant_key=keys.kFp8DynamicTokenSym,
-                weight_quant_key=keys.kFp8StaticChannelSym, input_dtype=torch.bfloat16,
-                out_dtype=torch.bfloat16, weight_shape=(rows, columns))
-        layer = torch.nn.Module()
-        layer.weight = torch.nn.Parameter(codes.t(), requires_grad=False)
-        layer.weight_scale = torch.nn.Parameter(torch.full((rows, 1), 1e-3), requires_grad=False)
-        kernel.process_weights_after_loading(layer)
-        found.append({"kernel": type(kernel).__name__,
-                      "numerics": "w8a8" if numerics == "stock" else numerics,
-                      "ms": milliseconds(lambda k=kernel, on=layer: k.apply_weights(on, x))})
-    return found
-
-
-if __name__ == "__main__":
-    import json
-    import sys
-
-    print(json.dumps(_time_layer(int(sys.argv[1]), int(sys.argv[2]))))

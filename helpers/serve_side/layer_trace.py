@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import WorkbookError, checkpoint, serving, workspace
+from helpers import WorkbookError, checkpoint, server_log, serving, workspace
 
 ROWS = 1024  # of the identity matrix multiplied at once
 
@@ -45,11 +45,11 @@ def received(fp8: Path, module: str, flags: list[str]) -> Received:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "received.safetensors"
         ran = subprocess.run(
-            [serving.serve_python(), "-m", "helpers.trace", file, module, "--model", fp8,
-             "--enforce-eager", *flags],
+            [serving.serve_python(), "-m", "helpers.serve_side.layer_trace", file, module,
+             "--model", fp8, "--enforce-eager", *flags],
             cwd=workspace.repo(), env=env, capture_output=True, text=True)
         if ran.returncode:
-            meaning, remedy = serving.explain(ran.stdout + ran.stderr, ran.returncode)
+            meaning, remedy = server_log.explain(ran.stdout + ran.stderr, ran.returncode)
             raise WorkbookError(f"vLLM could not show {module} of {Path(fp8).name}.", meaning,
                                 remedy)
         with safe_open(file, "pt") as answer:

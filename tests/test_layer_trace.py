@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from helpers import WorkbookError, checkpoint, hardware, models, serving, trace
+from helpers import WorkbookError, checkpoint, hardware, models, serving
+from helpers.serve_side import layer_trace
 
 DOWN = "model.layers.0.mlp.down_proj"
 
@@ -12,7 +13,7 @@ DOWN = "model.layers.0.mlp.down_proj"
 def received(tiny_fp8):
     path = hardware.serving_path(hardware.detect())
     flags = serving.default_flags(models.PROFILES["tiny-phi4"], path)
-    return trace.received(tiny_fp8, DOWN, flags)
+    return layer_trace.received(tiny_fp8, DOWN, flags)
 
 
 def stored(fp8):
@@ -49,6 +50,6 @@ def test_it_is_this_layers_and_no_others(received, tiny_fp8):
 
 def test_a_module_that_is_not_there_is_a_sentence(tiny_fp8):
     with pytest.raises(WorkbookError, match="no FP8 module model.layers.9.nothing"):
-        trace.received(tiny_fp8, "model.layers.9.nothing", [])
+        layer_trace.received(tiny_fp8, "model.layers.9.nothing", [])
     with pytest.raises(WorkbookError, match="no FP8 module lm_head"):
-        trace.received(tiny_fp8, "lm_head", [])
+        layer_trace.received(tiny_fp8, "lm_head", [])

@@ -5,9 +5,9 @@ import statistics as stdlib
 
 import numpy as np
 import pytest
-from scipy import stats
+import scipy.stats
 
-from helpers import statistics
+from helpers import stats
 
 CARD = np.array([1] * 93 + [0] * 7)  # 0.93 of 100 rows, as on the model card
 
@@ -19,7 +19,7 @@ def pairs(both: int, lost: int, gained: int, neither: int):
 
 
 def test_stderr_is_the_model_cards():
-    assert f"{statistics.stderr(CARD):.4f}" == "0.0256"
+    assert f"{stats.stderr(CARD):.4f}" == "0.0256"
 
 
 def test_stderr_is_lm_evals_and_the_standard_librarys():
@@ -27,64 +27,64 @@ def test_stderr_is_lm_evals_and_the_standard_librarys():
 
     for n in (5, 100, 1319):
         items = (np.random.default_rng(n).random(n) < 0.8).astype(int)
-        assert statistics.stderr(items) == pytest.approx(mean_stderr(items.tolist()), rel=1e-12)
-        assert statistics.stderr(items) == pytest.approx(
+        assert stats.stderr(items) == pytest.approx(mean_stderr(items.tolist()), rel=1e-12)
+        assert stats.stderr(items) == pytest.approx(
             stdlib.stdev(items.tolist()) / math.sqrt(n), rel=1e-12)
 
 
 def test_wilson_is_newcombes_worked_example():
     # Newcombe (1998), Statistics in Medicine 17:857, table I, method 3: 81 of 263, and 0 of 20
-    found = statistics.wilson([1] * 81 + [0] * 182)
+    found = stats.wilson([1] * 81 + [0] * 182)
     assert (round(found.low, 4), round(found.high, 4)) == (0.2553, 0.3662)
-    found = statistics.wilson([0] * 20)
+    found = stats.wilson([0] * 20)
     assert (round(found.low, 4), round(found.high, 4)) == (0.0, 0.1611)
 
 
 def test_wilson_is_scipys():
-    ours = statistics.wilson(CARD)
-    theirs = stats.binomtest(93, 100).proportion_ci(method="wilson")
+    ours = stats.wilson(CARD)
+    theirs = scipy.stats.binomtest(93, 100).proportion_ci(method="wilson")
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=1e-9)
     assert ours.value == 0.93
 
 
 def test_paired_table_counts_every_item_once():
     first, second = pairs(794, 150, 86, 570)
-    table = statistics.paired_table(first, second)
+    table = stats.paired_table(first, second)
     assert table.to_numpy().tolist() == [[794, 150], [86, 570]]
     assert table.loc["right", "wrong"] == 150  # right in the first arm, wrong in the second
 
 
 def test_paired_table_keeps_empty_cells():
-    assert statistics.paired_table([1, 1], [1, 1]).to_numpy().tolist() == [[2, 0], [0, 0]]
+    assert stats.paired_table([1, 1], [1, 1]).to_numpy().tolist() == [[2, 0], [0, 0]]
 
 
 def test_paired_arms_of_different_length_are_refused():
     with pytest.raises(ValueError, match="same items"):
-        statistics.mcnemar([1, 0], [1])
+        stats.mcnemar([1, 0], [1])
 
 
 @pytest.mark.parametrize("lost, gained", [(6, 0), (5, 0), (3, 1), (10, 2), (4, 4), (150, 86)])
 def test_mcnemar_is_the_sign_test_on_the_items_that_differ(lost, gained):
-    expected = stats.binomtest(gained, gained + lost, 0.5).pvalue
-    assert statistics.mcnemar(*pairs(20, lost, gained, 5)) == pytest.approx(expected, rel=1e-9)
+    expected = scipy.stats.binomtest(gained, gained + lost, 0.5).pvalue
+    assert stats.mcnemar(*pairs(20, lost, gained, 5)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_mcnemar_by_hand():
-    assert statistics.mcnemar(*pairs(87, 6, 0, 7)) == pytest.approx(2 / 2**6)
-    assert statistics.mcnemar(*pairs(93, 0, 0, 7)) == 1.0
+    assert stats.mcnemar(*pairs(87, 6, 0, 7)) == pytest.approx(2 / 2**6)
+    assert stats.mcnemar(*pairs(93, 0, 0, 7)) == 1.0
 
 
 def test_paired_difference_is_agrestis_example():
     # Agresti, Categorical Data Analysis, approval ratings of the same 1,600 people: the second
     # survey minus the first is -0.04, Wald's interval (-0.059, -0.021); half an item in each cell
     # does not change it at this n.
-    found = statistics.paired_difference(*pairs(794, 150, 86, 570))
+    found = stats.paired_difference(*pairs(794, 150, 86, 570))
     assert found.value == pytest.approx(-0.04)
     assert (round(found.low, 3), round(found.high, 3)) == (-0.059, -0.021)
 
 
 def test_paired_difference_has_a_width_when_nothing_differs():
-    found = statistics.paired_difference(CARD, CARD)
+    found = stats.paired_difference(CARD, CARD)
     half = 1.959964 / 102  # by hand: variance 1/102 of 102 items
     assert found.value == 0
     assert (found.low, found.high) == pytest.approx((-half, half), rel=1e-5)
@@ -96,16 +96,16 @@ def test_paired_difference_covers_the_truth():
     for _ in range(400):
         cell = rng.choice(4, size=100, p=[0.86, 0.06, 0.02, 0.06])  # true difference -0.04
         first, second = np.isin(cell, [0, 1]), np.isin(cell, [0, 2])
-        found = statistics.paired_difference(first, second)
+        found = stats.paired_difference(first, second)
         covered += found.low <= -0.04 <= found.high
     assert 0.92 <= covered / 400 <= 0.99
 
 
 def test_six_items_are_the_fewest_that_100_rows_can_tell_from_chance():
-    fewest = statistics.significant_loss()
+    fewest = stats.significant_loss()
     assert fewest == 6
-    assert statistics.mcnemar(*pairs(93 - fewest, fewest, 0, 7)) < 0.05
-    assert statistics.mcnemar(*pairs(93 - fewest + 1, fewest - 1, 0, 7)) > 0.05
+    assert stats.mcnemar(*pairs(93 - fewest, fewest, 0, 7)) < 0.05
+    assert stats.mcnemar(*pairs(93 - fewest + 1, fewest - 1, 0, 7)) > 0.05
 
 
 @pytest.mark.parametrize("n, loss, gained",
@@ -113,31 +113,31 @@ def test_six_items_are_the_fewest_that_100_rows_can_tell_from_chance():
 def test_mcnemar_power_is_what_simulation_finds(n, loss, gained):
     rng = np.random.default_rng(1)
     counts = rng.multinomial(n, [gained + loss, gained, 1 - 2 * gained - loss], size=4000)
-    rejected = [b > c and stats.binomtest(int(c), int(b + c)).pvalue <= 0.05
+    rejected = [b > c and scipy.stats.binomtest(int(c), int(b + c)).pvalue <= 0.05
                 for b, c, _ in counts]
-    assert statistics.mcnemar_power(n, loss, gained) == pytest.approx(np.mean(rejected), abs=0.025)
+    assert stats.mcnemar_power(n, loss, gained) == pytest.approx(np.mean(rejected), abs=0.025)
 
 
 def test_detectable_loss_is_where_the_power_is_reached():
-    losses = statistics.detectable_loss_paired([50, 100, 1319], gained=0.01)
+    losses = stats.detectable_loss_paired([50, 100, 1319], gained=0.01)
     for n, loss in zip([50, 100, 1319], losses, strict=True):
-        assert statistics.mcnemar_power(n, loss, 0.01) == pytest.approx(0.8, abs=1e-6)
+        assert stats.mcnemar_power(n, loss, 0.01) == pytest.approx(0.8, abs=1e-6)
     assert losses[0] > losses[1] > losses[2]
 
 
 def test_detectable_loss_at_100_rows_with_nothing_gained():
     # the six items of `significant_loss` must turn up with a chance of 0.8
-    loss = statistics.detectable_loss_paired(100)
-    assert stats.binom.sf(5, 100, loss) == pytest.approx(0.8, abs=1e-6)
+    loss = stats.detectable_loss_paired(100)
+    assert scipy.stats.binom.sf(5, 100, loss) == pytest.approx(0.8, abs=1e-6)
     assert loss == pytest.approx(0.078, abs=0.0005)
 
 
 def test_no_loss_shows_on_five_rows():
-    assert math.isnan(statistics.detectable_loss_paired(5))
+    assert math.isnan(stats.detectable_loss_paired(5))
 
 
 def test_detectable_loss_unpaired_is_what_simulation_finds():
-    loss = statistics.detectable_loss_unpaired(100)
+    loss = stats.detectable_loss_unpaired(100)
     assert loss == pytest.approx(0.136, abs=0.0005)
     rng = np.random.default_rng(2)
     a, b = rng.binomial(100, 0.93, 4000) / 100, rng.binomial(100, 0.93 - loss, 4000) / 100
@@ -148,27 +148,27 @@ def test_detectable_loss_unpaired_is_what_simulation_finds():
 
 def test_pairing_shows_a_smaller_loss_than_two_separate_runs():
     n = np.array([100, 1319])
-    assert (statistics.detectable_loss_paired(n) < statistics.detectable_loss_unpaired(n)).all()
+    assert (stats.detectable_loss_paired(n) < stats.detectable_loss_unpaired(n)).all()
 
 
 def test_a_round_that_slows_both_arms_leaves_their_ratio():
     bf16 = np.array([17, 8.5, 34, 17, 10])
-    found = statistics.ratio_by_round(2 * bf16, bf16)
+    found = stats.ratio_by_round(2 * bf16, bf16)
     assert (found.low, found.value, found.high) == pytest.approx((2, 2, 2))
 
 
 def test_with_five_rounds_the_interval_is_the_range_of_their_ratios():
     fp8, bf16 = [31, 32, 33, 32, 32.5], [17, 16.8, 17.2, 17.1, 16.9]
     ratios = sorted(a / b for a, b in zip(fp8, bf16, strict=True))
-    found = statistics.ratio_by_round(fp8, bf16)
+    found = stats.ratio_by_round(fp8, bf16)
     assert (found.low, found.value, found.high) == pytest.approx((ratios[0], ratios[2], ratios[4]))
 
 
 def test_a_wide_spread_is_said_instead_of_decimals():
-    steady = statistics.ratio_by_round([32, 32.5, 31.5, 32, 32], [17, 17, 17.1, 16.9, 17])
-    assert statistics.in_words(steady).startswith("1.88x, 95 % interval 1.8")
-    noisy = statistics.ratio_by_round([20, 32, 45, 32, 36], [17, 10, 25, 17, 14])
-    assert statistics.in_words(noisy).startswith("about 1.9x: the rounds spread too widely")
+    steady = stats.ratio_by_round([32, 32.5, 31.5, 32, 32], [17, 17, 17.1, 16.9, 17])
+    assert stats.in_words(steady).startswith("1.88x, 95 % interval 1.8")
+    noisy = stats.ratio_by_round([20, 32, 45, 32, 36], [17, 10, 25, 17, 14])
+    assert stats.in_words(noisy).startswith("about 1.9x: the rounds spread too widely")
 
 
 def test_the_ratios_interval_covers_the_truth():
@@ -176,6 +176,6 @@ def test_the_ratios_interval_covers_the_truth():
     covered = 0
     for seed in range(60):
         a, b = rng.normal(20, 1, 15), rng.normal(10, 0.5, 15)
-        found = statistics.ratio_by_round(a, b, seed=seed)
+        found = stats.ratio_by_round(a, b, seed=seed)
         covered += found.low <= 2 <= found.high
     assert covered / 60 >= 0.85
