@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export VLLM_NO_USAGE_STATS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup preflight run lab test test-smollm2 test-browser lint notebooks full-size bench-cpu test-gpu lock clean
+.PHONY: help setup preflight run lab test test-faults test-smollm2 test-browser lint notebooks full-size bench-cpu test-gpu lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,9 @@ lab: setup  ## open the notebooks in JupyterLab
 
 test: setup  ## every test, and every notebook
 	@.venv/bin/python scripts/run_tests.py
+
+test-faults: setup  ## provoke every known fault, and show how each is met
+	@.venv/bin/python -m pytest -q --all-faults tests/faults
 
 test-browser: setup  ## notebooks 00 and 03 in JupyterLab and Chromium; screenshots in build/
 	@.venv/bin/python scripts/browser.py
