@@ -89,7 +89,7 @@ def path_of_capability(answer) -> None:
 
     expected = {"gpu-w8a8": "W8A8", "gpu-w8a16": "W8A16", "none": None}
     cases = [(7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
-    truth = {c: expected[hardware.gpu_path(hardware.Gpu(0, "", 0, c, "")).key] for c in cases}
+    truth = {c: expected[hardware.gpu_mode(hardware.Gpu(0, "", 0, c, "")).key] for c in cases}
 
     def right(function) -> bool:
         return all(function(capability) == truth[capability] for capability in cases)

@@ -1,4 +1,4 @@
-"""What every notebook opens with: this machine, its path, its model, and what they make.
+"""What every notebook opens with: this machine, its serving mode, its model, and what they make.
 
 `Course` makes what a notebook needs and does not find, so that any of them can be opened first.
 """
@@ -19,7 +19,7 @@ from helpers import (
     throughput,
     workspace,
 )
-from helpers.hardware import Machine, ServingPath
+from helpers.hardware import Machine, ServingMode
 from helpers.models import Profile
 
 GSM8K_ROWS = 100
@@ -30,7 +30,7 @@ ROUNDS = 5
 @dataclass(frozen=True)
 class Course:
     machine: Machine
-    path: ServingPath
+    mode: ServingMode
     profile: Profile
 
     def base(self) -> Path:
@@ -58,13 +58,13 @@ class Course:
         return False
 
     def plan(self):
-        """Disk and memory that each step of this path needs, as a DataFrame of strings."""
+        """Disk and memory that each step needs in this mode, as a DataFrame of strings."""
         import pandas as pd
 
         def size(nbytes: int) -> str:
             return f"{nbytes / 1e9:.1f} GB" if nbytes > 1e9 else f"{nbytes / 1e6:.1f} MB"
 
-        where = "GPU memory" if self.path.device == "cuda" else "RAM"
+        where = "GPU memory" if self.mode.device == "cuda" else "RAM"
         bf16, fp8 = size(self.profile.bf16_bytes), size(self.profile.fp8_bytes)
         both = "bf16" in models.arms(self.profile, self.machine)
         way = quantize.route_for(self.profile.bf16_bytes, self.machine)
@@ -82,11 +82,11 @@ class Course:
 
     def record(self, experiment: str, arm: str, checkpoint: Path, work: dict, metrics: dict,
                kernel: str = "") -> None:
-        """Append a result to the ledger with this course's model, path and checkpoint."""
+        """Append a result to the ledger with this course's model, serving mode and checkpoint."""
         whole = workspace.is_whole(checkpoint)
         ledger.record(
             experiment, arm, work, metrics,
-            model=models.model_info(self.profile), path=self.path.key, kernel=kernel,
+            model=models.model_info(self.profile), path=self.mode.key, kernel=kernel,
             checkpoint=workspace.fingerprint(checkpoint) if whole else "",
         )
 
@@ -105,7 +105,7 @@ class Course:
 
     def measure_gsm8k(self, limit: int | None = GSM8K_ROWS) -> dict[str, evaluation.Evaluation]:
         """The arms on the first `limit` rows, or on all for None, into the ledger; by arm."""
-        flags, scores = serving.default_flags(self.profile, self.path), {}
+        flags, scores = serving.default_flags(self.profile, self.mode), {}
         for arm, model in self.arms().items():
             with serving.VllmServer(model, flags) as server:
                 scores[arm] = evaluation.run(server, self.profile, arm, limit=limit)
@@ -115,7 +115,7 @@ class Course:
 
     def _measure_throughput(self, arms: dict[str, Path]) -> None:
         work = {1: throughput.benchmark_flags(OUTPUT_TOKENS, concurrency=1, prompts=1)}
-        rounds = throughput.compare(arms, self.profile, self.path, work, rounds=ROUNDS)
+        rounds = throughput.compare(arms, self.profile, self.mode, work, rounds=ROUNDS)
         for arm, model in arms.items():
             self.record("throughput", arm, model, kernel=throughput.kernel(rounds, arm),
                         work={"output_tokens": OUTPUT_TOKENS, "concurrency": 1, "rounds": ROUNDS},
@@ -126,7 +126,7 @@ class Course:
         lines = {
             "machine": f"{self.machine.cpu_model}, {self.machine.cores} cores, "
                        f"{self.machine.ram_bytes / 2**30:.0f} GiB RAM; GPU: {gpus}",
-            "path": f"{self.path.title}: {self.path.why}",
+            "mode": f"{self.mode.title}: {self.mode.why}",
             "model": f"{self.profile.title}, {self.profile.parameters:,} parameters, "
                      f"task {self.profile.task}"}
         if self.machine.note:
@@ -142,7 +142,7 @@ class Course:
 
 
 def open_course() -> Course:
-    """Look at the machine, choose its path and the best model that fits it.
+    """Look at the machine, choose its serving mode and the best model that fits it.
 
     Raises `WorkbookError` when the machine has a GPU that vLLM cannot use for FP8, when
     PHI4_FP8_PROFILE names no profile, or when the profile does not fit.
@@ -151,7 +151,7 @@ def open_course() -> Course:
 
     pd.set_option("display.max_colwidth", None)  # a table that hides its words helps nobody
     machine = hardware.detect()
-    return Course(machine, hardware.serving_path(machine), models.choose(machine))
+    return Course(machine, hardware.serving_mode(machine), models.choose(machine))
 
 
 def first_question(profile: Profile) -> str:

@@ -10,14 +10,14 @@ def explain(config: dict, name: str) -> str:
     """
     table = roofline.fits_table(config, name)  # says so when there is no such GPU
     gpu = next(gpu for gpu in roofline.gpus() if gpu["name"] == name)
-    path = hardware.gpu_path(roofline.listed(gpu))
-    if path.key == "none":
-        return f"{path.why}."
+    mode = hardware.gpu_mode(roofline.listed(gpu))
+    if mode.key == "none":
+        return f"{mode.why}."
     arms = [arm for arm in table if table.loc["tokens of KV cache", arm] != "0"]
     verdict = {0: "Neither bf16 nor FP8 weights fit.",
                1: "FP8 fits and bf16 does not: quantize on the CPU, serve FP8 alone.",
                2: "Both fit, so they can be compared on this GPU."}[len(arms)]
-    return f"{path.title}. {verdict}"
+    return f"{mode.title}. {verdict}"
 
 
 def explorer():

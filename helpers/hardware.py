@@ -55,7 +55,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class ServingPath:
+class ServingMode:
     key: str  # "gpu-w8a8", "gpu-w8a16", "cpu-w8a16", "cpu-unpacked" or "none"
     device: str  # "cuda" or "cpu"
     title: str
@@ -255,20 +255,20 @@ def best_gpu(machine: Machine) -> Gpu:
     return max(machine.gpus, key=lambda g: (g.compute_capability, g.memory_bytes))
 
 
-def serving_path(machine: Machine) -> ServingPath:
+def serving_mode(machine: Machine) -> ServingMode:
     """How this machine serves FP8: by its best GPU if it has one, else by its CPU.
 
     Thresholds: vLLM's documentation of FP8 W8A8 and of Marlin's FP8 W8A16.
     """
     if machine.gpus:
-        return gpu_path(best_gpu(machine))
+        return gpu_mode(best_gpu(machine))
     matrix = sorted(machine.cpu_features & BF16_FEATURES)
     if matrix:
-        return ServingPath(
+        return ServingMode(
             "cpu-w8a16", "cpu", "W8A16 on the CPU",
             f"no GPU, and this CPU multiplies bf16 ({', '.join(matrix)}): FP8 weights are "
             "unpacked to bf16 by the workbook's vLLM plugin")
-    return ServingPath(
+    return ServingMode(
         "cpu-unpacked", "cpu", "W8A16 on the CPU, unpacked",
         "no GPU, and this CPU has neither AMX nor AVX512-BF16: the workbook's vLLM plugin unpacks "
         "the FP8 weights to bf16 when it loads them, so neither time nor memory is saved")
@@ -278,17 +278,17 @@ def capability(gpu: Gpu) -> str:
     return _dotted(gpu.compute_capability)
 
 
-def gpu_path(gpu: Gpu) -> ServingPath:
+def gpu_mode(gpu: Gpu) -> ServingMode:
     """How one GPU serves FP8, by its compute capability."""
     has = f"{gpu.name} has compute capability {capability(gpu)}"
     if gpu.compute_capability >= W8A8_CAPABILITY:
-        return ServingPath("gpu-w8a8", "cuda", "W8A8 on the GPU",
+        return ServingMode("gpu-w8a8", "cuda", "W8A8 on the GPU",
                            f"{has} (8.9 or newer): FP8 weights and activations on tensor cores")
     if gpu.compute_capability >= W8A16_CAPABILITY:
-        return ServingPath("gpu-w8a16", "cuda", "W8A16 on the GPU",
+        return ServingMode("gpu-w8a16", "cuda", "W8A16 on the GPU",
                            f"{has} (7.5 to 8.8): FP8 weights, 16-bit activations, Marlin kernels")
-    return ServingPath(
-        "none", "cpu", "no FP8 path on this GPU",
+    return ServingMode(
+        "none", "cpu", "no FP8 on this GPU",
         f"{has}, and FP8 in vLLM needs 7.5 or newer. Set CUDA_VISIBLE_DEVICES= (empty) to leave "
         "it out: the bundled model then runs on the CPU. Or use a Turing GPU or a newer one")
 
@@ -296,7 +296,7 @@ def gpu_path(gpu: Gpu) -> ServingPath:
 def preflight() -> list[Check]:
     """Whether this machine can run the workbook, and how; each failing check says what to do."""
     machine = detect()
-    path = serving_path(machine)
+    mode = serving_mode(machine)
     gpus = "; ".join(
         f"{gpu.name}, {gpu.memory_bytes / GB:.0f} GB, compute capability "
         f"{capability(gpu)}, driver {gpu.driver}"
@@ -310,27 +310,27 @@ def preflight() -> list[Check]:
               + (", ".join(sorted(machine.cpu_features & BF16_FEATURES)) or "none")),
         Check(not driver_fault(machine.gpus), "GPU",
               (gpus or "none") + (f": {machine.note}" if machine.note else "")),
-        _compiler(path),
+        _compiler(mode),
         _versions("notebook environment", Path(sys.prefix), NOTEBOOK_PACKAGES),
         _versions("serving environment", REPO / ".venv-serve", SERVING_PACKAGES),
-        Check(path.key != "none", "path", f"{path.key}, {path.title}: {path.why}"),
+        Check(mode.key != "none", "mode", f"{mode.key}, {mode.title}: {mode.why}"),
     ]
 
 
 def _enough(name: str, has: int, needed: int, remedy: str) -> Check:
     if has >= needed:
-        return Check(True, name, f"{has / GB:.0f} GB, of which the bundled model's path needs "
+        return Check(True, name, f"{has / GB:.0f} GB, of which the bundled model needs "
                                  f"{needed / GB:.0f}")
     return Check(False, name, f"{has / GB:.1f} GB, and {needed / GB:.0f} are needed: {remedy}")
 
 
-def _compiler(path: ServingPath) -> Check:
+def _compiler(mode: ServingMode) -> Check:
     """vLLM's Triton kernels are compiled while it runs on a GPU; on a CPU nothing is compiled."""
     found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if path.device == "cuda" and not found:
+    if mode.device == "cuda" and not found:
         return Check(False, "C compiler", "none, and vLLM's Triton needs one on a GPU: install one "
                                           "(on Debian or Ubuntu: apt install build-essential)")
-    return Check(True, "C compiler", Path(found).name if found else "none; this path needs none")
+    return Check(True, "C compiler", Path(found).name if found else "none; this mode needs none")
 
 
 def _versions(name: str, environment: Path, packages: Sequence[str]) -> Check:

@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 
 from helpers import WorkbookError, checkpoint, workspace
-from helpers.hardware import Machine, best_gpu, serving_path
+from helpers.hardware import Machine, best_gpu, serving_mode
 
 VARIABLE = "PHI4_FP8_PROFILE"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -124,14 +124,14 @@ def choose(machine: Machine, name: str | None = None) -> Profile:
         _require_fit(profiles[name], machine)
         return profiles[name]
     for profile in (PHI4, PHI4_MINI):
-        if serving_path(machine).device == "cuda" and fits(profile.fp8_bytes, machine):
+        if serving_mode(machine).device == "cuda" and fits(profile.fp8_bytes, machine):
             return profile
     return tiny()
 
 
 def memory(machine: Machine) -> int:
     """Bytes that weights can be put in: of the GPU that is used, or the RAM where none is."""
-    if serving_path(machine).device == "cuda":
+    if serving_mode(machine).device == "cuda":
         return best_gpu(machine).memory_bytes
     return machine.ram_bytes
 
@@ -150,7 +150,7 @@ def arms(profile: Profile, machine: Machine) -> tuple[str, ...]:
 def _require_fit(profile: Profile, machine: Machine) -> None:
     if fits(profile.fp8_bytes, machine):
         return
-    where = "the GPU" if serving_path(machine).device == "cuda" else "this machine's RAM"
+    where = "the GPU" if serving_mode(machine).device == "cuda" else "this machine's RAM"
     raise WorkbookError(
         f"{profile.title} needs {profile.fp8_bytes * HEADROOM / 1e9:.1f} GB for FP8 weights and "
         f"a KV cache, and {where} has {memory(machine) / 1e9:.1f} GB.",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers import WorkbookError, checkpoint, hardware, models, streaming, workspace
-from helpers.hardware import Machine, serving_path
+from helpers.hardware import Machine, serving_mode
 from helpers.models import Profile
 
 # Beside the weights and config, which save_pretrained writes.
@@ -81,7 +81,7 @@ def route_for(weights: int, machine: Machine) -> Route:
     What counts is the RAM that is free now, and whether the GPU, where one is used, could serve the
     model as it is: where it cannot, nothing needs the whole of it in memory.
     """
-    if not models.fits(weights, machine) and serving_path(machine).device == "cuda":
+    if not models.fits(weights, machine) and serving_mode(machine).device == "cuda":
         return Route(True, streaming.memory(), f"{weights / 1e9:.3g} GB of weights are more than "
                      f"the GPU's {models.memory(machine) / 1e9:.3g} GB can serve, so they are not "
                      "loaded: the model's shards are streamed on the CPU.")

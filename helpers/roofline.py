@@ -165,7 +165,7 @@ def gpu_table(config: dict):
     paths = {"gpu-w8a8": "W8A8", "gpu-w8a16": "W8A16", "none": "none"}
     rows = []
     for gpu in sorted(gpus(), key=lambda gpu: gpu["bandwidth_gb_s"]):
-        path, speed = paths[hardware.gpu_path(listed(gpu)).key], gpu["bandwidth_gb_s"] * 1e9
+        path, speed = paths[hardware.gpu_mode(listed(gpu)).key], gpu["bandwidth_gb_s"] * 1e9
         tokens = {arm: budget(config, arm, gpu["memory_gb"] * 10**9, speed).tokens
                   for arm in ("bf16", "fp8")}
         rows.append({

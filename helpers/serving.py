@@ -49,8 +49,8 @@ def serve_python() -> Path:
     return python
 
 
-def default_flags(profile, path) -> list[str]:
-    """vLLM's flags for a profile on a path, beside the ones every server gets.
+def default_flags(profile, mode) -> list[str]:
+    """vLLM's flags for a profile in a serving mode, beside the ones every server gets.
 
     CPU: eager, since compiling costs more than it gains in a course; engine and worker in one
     process (`uni`), which shortens the start; 1 GiB of KV cache. GPU: compiled, 90 % of its memory;
@@ -58,10 +58,10 @@ def default_flags(profile, path) -> list[str]:
     another package's first (Humming, in `_POSSIBLE_WFP8A16_KERNELS`) and not say in its log which.
     """
     flags = ["--dtype", "bfloat16", "--max-model-len", str(profile.max_model_len)]
-    if path.device == "cpu":
+    if mode.device == "cpu":
         return [*flags, "--enforce-eager", "--max-num-seqs", "16",
                 "--kv-cache-memory-bytes", str(2**30), "--distributed-executor-backend", "uni"]
-    marlin = MARLIN if path.key == "gpu-w8a16" else []
+    marlin = MARLIN if mode.key == "gpu-w8a16" else []
     return [*flags, "--max-num-seqs", "64", "--gpu-memory-utilization", "0.90", *marlin]
 
 

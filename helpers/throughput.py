@@ -70,7 +70,7 @@ def run(server: serving.VllmServer, flags: list[str]) -> BenchResult:
         return measure(server, flags)
 
 
-def compare(arms: dict[str, Path], profile, path, work: dict[int, list[str]],
+def compare(arms: dict[str, Path], profile, mode, work: dict[int, list[str]],
             rounds: int) -> "pd.DataFrame":
     """Measure every arm `rounds` times, in turn, in an order that alternates.
 
@@ -83,8 +83,8 @@ def compare(arms: dict[str, Path], profile, path, work: dict[int, list[str]],
     import pandas as pd
     from tqdm.auto import tqdm
 
-    server_flags = [*serving.default_flags(profile, path), *NO_REUSE]
-    together = path.device == "cpu" and _fit_together(arms)
+    server_flags = [*serving.default_flags(profile, mode), *NO_REUSE]
+    together = mode.device == "cpu" and _fit_together(arms)
     rows = []
     with contextlib.ExitStack() as everything, benchmark() as measure:
         running: dict[str, serving.VllmServer] = {}

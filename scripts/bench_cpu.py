@@ -163,7 +163,7 @@ def smollm2_in_q8_0(into: Path) -> Path | None:
 def bench(name: str, base: Path, fp8: Path, generated: int, rounds: int, stock: bool = False,
           gguf: Path | None = None):
     """Every round of every arm on one model: columns model, round, arm, kernel, work, tok_s."""
-    flags = serving.default_flags(models.tiny(), hardware.serving_path(hardware.detect()))
+    flags = serving.default_flags(models.tiny(), hardware.serving_mode(hardware.detect()))
     flags[flags.index("--max-model-len") + 1] = str(MAX_MODEL_LEN)
     flags.append("--no-enable-prefix-caching")  # the benchmark sends the same prompt every time
     rows = []
@@ -207,7 +207,7 @@ def summary(rounds: pd.DataFrame) -> pd.DataFrame:
 
 
 def record(table: pd.DataFrame, profile: models.Profile) -> None:
-    path = hardware.serving_path(hardware.detect())
+    mode = hardware.serving_mode(hardware.detect())
     for line in table.to_dict("records"):
         ledger.record(
             "bench-cpu",
@@ -216,7 +216,7 @@ def record(table: pd.DataFrame, profile: models.Profile) -> None:
             metrics={name: round(line[name], 4) for name in line if name.startswith(
                 ("tok_s", "ratio"))},
             model={"profile": line["model"], "repo": profile.repo, "revision": profile.revision},
-            path=path.key, kernel=line["kernel"])
+            path=mode.key, kernel=line["kernel"])
 
 
 def main() -> None:

@@ -39,9 +39,9 @@ def tiny_fp8(tmp_path_factory, tiny_base) -> Path:
 def _server(model: Path):
     from helpers import hardware, models, serving
 
-    path = hardware.serving_path(hardware.detect())
-    flags = serving.default_flags(models.PROFILES["tiny-phi4"], path)
-    if path.device == "cuda":
+    mode = hardware.serving_mode(hardware.detect())
+    flags = serving.default_flags(models.PROFILES["tiny-phi4"], mode)
+    if mode.device == "cuda":
         flags += ["--gpu-memory-utilization", "0.3"]  # both servers stay up; the last one counts
     return serving.VllmServer(model, flags)
 

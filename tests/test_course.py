@@ -14,8 +14,8 @@ def test_without_a_gpu_the_bundled_model_is_chosen(monkeypatch):
     if opened.machine.gpus:
         pytest.skip("this machine has a GPU, and gets a larger model")
     assert opened.profile.name == "tiny-phi4"
-    assert opened.path.device == "cpu"
-    assert opened.path.title in repr(opened) and "tiny_gsm8k" in repr(opened)
+    assert opened.mode.device == "cpu"
+    assert opened.mode.title in repr(opened) and "tiny_gsm8k" in repr(opened)
 
 
 def test_an_unknown_profile_stops_the_opening_with_the_known_names(monkeypatch):
@@ -32,7 +32,7 @@ def test_a_result_is_recorded_with_the_checkpoints_fingerprint(
     opened.record("quantize", "fp8", tiny_fp8, work={}, metrics={"modules": 16})
     (row,) = ledger.read()
     assert row["checkpoint"] == workspace.fingerprint(tiny_fp8)
-    assert (row["path"], row["model"]["profile"]) == (opened.path.key, "tiny-phi4")
+    assert (row["path"], row["model"]["profile"]) == (opened.mode.key, "tiny-phi4")
 
 
 def test_nothing_is_measured_again_when_the_ledger_has_it(
@@ -125,7 +125,7 @@ def test_the_plan_of_phi4_is_what_each_machine_will_do(
     card = hardware.Gpu(0, "a GPU", gpu * GB, (8, 9), "580")
     machine = hardware.Machine((card,), "CPU", 8, frozenset(), 256 * GB, 500 * GB, "", "", "")
     monkeypatch.setattr(hardware, "available_ram", lambda: free_ram * GB)
-    opened = course.Course(machine, hardware.serving_path(machine), models.PHI4)
+    opened = course.Course(machine, hardware.serving_mode(machine), models.PHI4)
     plan = opened.plan().set_index("notebook")
     streamed = f"{streaming.memory() / 1e9:.1f} GB RAM, streamed"
     memory = plan["weights in memory"]
@@ -139,7 +139,7 @@ def test_the_plan_of_phi4_is_what_each_machine_will_do(
 
 def test_a_cpus_plan_streams_when_its_ram_is_taken(monkeypatch):
     machine = hardware.Machine((), "CPU", 8, frozenset(), 64 * GB, 500 * GB, "", "", "")
-    opened = course.Course(machine, hardware.serving_path(machine), models.PHI4)
+    opened = course.Course(machine, hardware.serving_mode(machine), models.PHI4)
     for free, streams in ((60, False), (30, True)):
         monkeypatch.setattr(hardware, "available_ram", lambda free=free: free * GB)
         assert ("streamed" in opened.plan().loc[1, "weights in memory"]) == streams

@@ -1,4 +1,4 @@
-"""The path each device gets, and `detect` against what the system itself says of this machine."""
+"""The serving mode each device gets, and `detect` against what the system itself says of this machine."""
 
 import dataclasses
 import os
@@ -14,7 +14,7 @@ import pytest
 from helpers import hardware
 from helpers.hardware import Gpu, Machine
 
-# Name, compute capability (NVIDIA's table of CUDA GPUs), memory in GB, the path it gets.
+# Name, compute capability (NVIDIA's table of CUDA GPUs), memory in GB, the mode it gets.
 DEVICES = [
     ("NVIDIA GeForce GTX 1080", (6, 1), 8, "none"),
     ("Tesla V100-SXM2-16GB", (7, 0), 16, "none"),
@@ -45,10 +45,10 @@ def machine(*gpus: Gpu, features: str = "", ram: int = 64, disk: int = 200) -> M
 
 @pytest.mark.parametrize(("name", "capability", "gigabytes", "key"), DEVICES)
 def test_each_gpu_gets_its_path(name, capability, gigabytes, key):
-    path = hardware.serving_path(machine(gpu(name, capability, gigabytes), features="amx_bf16"))
-    assert path.key == key
-    assert path.device == ("cpu" if key == "none" else "cuda")
-    assert name in path.why and "{}.{}".format(*capability) in path.why
+    mode = hardware.serving_mode(machine(gpu(name, capability, gigabytes), features="amx_bf16"))
+    assert mode.key == key
+    assert mode.device == ("cpu" if key == "none" else "cuda")
+    assert name in mode.why and "{}.{}".format(*capability) in mode.why
 
 
 @pytest.mark.parametrize(("features", "key"), [
@@ -59,18 +59,18 @@ def test_each_gpu_gets_its_path(name, capability, gigabytes, key):
     ("", "cpu-unpacked"),
 ])
 def test_without_a_gpu_the_cpu_decides(features, key):
-    path = hardware.serving_path(machine(features=features))
-    assert (path.key, path.device) == (key, "cpu")
+    mode = hardware.serving_mode(machine(features=features))
+    assert (mode.key, mode.device) == (key, "cpu")
 
 
 def test_an_old_gpu_is_told_what_would_work():
-    path = hardware.serving_path(machine(gpu("NVIDIA GeForce GTX 1080", (6, 1), 8)))
-    assert "7.5" in path.why and "CUDA_VISIBLE_DEVICES=" in path.why
+    mode = hardware.serving_mode(machine(gpu("NVIDIA GeForce GTX 1080", (6, 1), 8)))
+    assert "7.5" in mode.why and "CUDA_VISIBLE_DEVICES=" in mode.why
 
 
 def test_the_best_of_several_gpus_decides():
     both = machine(gpu("GTX 1080", (6, 1), 8), gpu("L4", (8, 9), 24, 1))
-    assert hardware.serving_path(both).key == "gpu-w8a8"
+    assert hardware.serving_mode(both).key == "gpu-w8a8"
 
 
 @pytest.mark.parametrize(("setting", "seen"), [
@@ -118,7 +118,7 @@ def test_gpus_as_nvml_tells_them(monkeypatch):
     found = hardware.detect()
     assert found.gpus == () and "hides 2 GPU" in found.note
     assert hardware.energy_joules() is None
-    assert hardware.serving_path(found).device == "cpu"
+    assert hardware.serving_mode(found).device == "cpu"
 
 
 def test_a_gpu_in_mig_slices_is_its_slices(monkeypatch):
@@ -148,7 +148,7 @@ def test_a_gpu_in_mig_slices_is_its_slices(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-slice 2")
     (found,) = hardware.detect().gpus
     assert found.name.endswith("(slice 2)") and found.memory_bytes == 10_468_982_784
-    assert hardware.gpu_path(found).key == "gpu-w8a16"
+    assert hardware.gpu_mode(found).key == "gpu-w8a16"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     found = hardware.detect()
     assert [g.name[-9:] for g in found.gpus] == ["(slice 0)"]
@@ -230,8 +230,8 @@ def test_detect_agrees_with_the_system(tmp_path):
 
 def test_set_up_and_preflight_see_the_same_gpu():
     """Set-up asks NVML by ctypes, before anything is installed; the helpers ask nvidia-ml-py."""
-    path = hardware.serving_path(hardware.detect())
-    assert environments.usable_gpu() == (path.device == "cuda")
+    mode = hardware.serving_mode(hardware.detect())
+    assert environments.usable_gpu() == (mode.device == "cuda")
     assert environments.OLDEST_CAPABILITY == hardware.W8A16_CAPABILITY
 
 
@@ -241,7 +241,7 @@ def test_preflight_of_this_machine():
     lines = result.stdout.splitlines()
     assert result.returncode == 0, result.stdout + result.stderr
     assert all(line.startswith("[OK]   ") for line in lines)
-    for wanted in ("Python: ", "disk: ", "RAM: ", "GPU: ", "torch 2.", "vllm", "path: "):
+    for wanted in ("Python: ", "disk: ", "RAM: ", "GPU: ", "torch 2.", "vllm", "mode: "):
         assert any(wanted in line for line in lines), wanted
 
 
@@ -251,13 +251,13 @@ def test_preflight_says_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr(hardware, "REPO", hardware.REPO / "tests")  # no .venv-serve there
     assert hardware.main() == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[FAIL]")]
-    assert [line.split()[1].rstrip(":") for line in failed] == ["disk", "RAM", "serving", "path"]
+    assert [line.split()[1].rstrip(":") for line in failed] == ["disk", "RAM", "serving", "mode"]
     assert "free some space" in failed[0] and "make setup" in failed[2]
     assert "CUDA_VISIBLE_DEVICES=" in failed[3]
 
 
-def test_a_gpu_path_needs_a_compiler(monkeypatch, tmp_path):
+def test_a_gpu_mode_needs_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    on_gpu = hardware.serving_path(machine(gpu("NVIDIA L4", (8, 9), 24)))
+    on_gpu = hardware.serving_mode(machine(gpu("NVIDIA L4", (8, 9), 24)))
     assert not hardware._compiler(on_gpu).ok
     assert hardware._compiler(dataclasses.replace(on_gpu, device="cpu")).ok

@@ -11,8 +11,8 @@ DOWN = "model.layers.0.mlp.down_proj"
 
 @pytest.fixture(scope="module")
 def received(tiny_fp8):
-    path = hardware.serving_path(hardware.detect())
-    flags = serving.default_flags(models.PROFILES["tiny-phi4"], path)
+    mode = hardware.serving_mode(hardware.detect())
+    flags = serving.default_flags(models.PROFILES["tiny-phi4"], mode)
     return layer_trace.received(tiny_fp8, DOWN, flags)
 
 

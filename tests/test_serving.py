@@ -26,8 +26,8 @@ GONE_WITHIN = 10  # seconds
 OWNER = """
 import os, sys, threading, time
 from helpers import hardware, models, serving
-path = hardware.serving_path(hardware.detect())
-flags = serving.default_flags(models.PROFILES["tiny-phi4"], path)
+mode = hardware.serving_mode(hardware.detect())
+flags = serving.default_flags(models.PROFILES["tiny-phi4"], mode)
 server = serving.VllmServer(sys.argv[1], flags)
 threading.Thread(target=server.start, daemon=True).start()
 while len(serving.processes(server)) < 3:  # the supervisor, the API server, an engine
@@ -37,8 +37,8 @@ os.write(1, f"\\nsession {server.session}\\n".encode())  # whole, beside the thr
 
 
 def default_flags() -> list[str]:
-    path = hardware.serving_path(hardware.detect())
-    return serving.default_flags(models.PROFILES["tiny-phi4"], path)
+    mode = hardware.serving_mode(hardware.detect())
+    return serving.default_flags(models.PROFILES["tiny-phi4"], mode)
 
 
 def left_after(session: int, seconds: float) -> list[str]:
@@ -92,7 +92,7 @@ def test_a_two_token_prompt_is_answered(fp8_server):
 
 def test_the_kernel_is_read_from_the_log(fp8_server, bf16_server):
     assert f"Selected {fp8_server.kernel} for" in fp8_server.log()
-    if hardware.serving_path(hardware.detect()).device == "cpu":
+    if hardware.serving_mode(hardware.detect()).device == "cpu":
         assert fp8_server.kernel.startswith("CpuFp8")
     assert bf16_server.kernel == "unquantized"
 

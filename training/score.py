@@ -16,7 +16,7 @@ from training.write_card import write_card
 def main() -> None:
     profile = models.PROFILES["tiny-phi4"]
     machine = hardware.detect()
-    flags = serving.default_flags(profile, hardware.serving_path(machine))
+    flags = serving.default_flags(profile, hardware.serving_mode(machine))
     with serving.VllmServer(TARGET, flags) as server:
         scored = evaluation.run(server, profile, "bf16", limit=None, concurrency=16)
     filters = {}

@@ -27,11 +27,11 @@ MARLIN = "MarlinFP8ScaledMMLinearKernel"
 
 @pytest.fixture(scope="module")
 def gpu():
-    """The GPU that is used; skips where there is none with an FP8 path, or its driver is too old.
+    """The GPU that is used; skips where there is none with an FP8 mode, or its driver is too old.
     """
     machine = hardware.detect()
-    if hardware.serving_path(machine).device != "cuda":
-        pytest.skip(f"no GPU with an FP8 path here: {hardware.serving_path(machine).why}")
+    if hardware.serving_mode(machine).device != "cuda":
+        pytest.skip(f"no GPU with an FP8 mode here: {hardware.serving_mode(machine).why}")
     if hardware.driver_fault(machine.gpus):
         pytest.skip(hardware.driver_fault(machine.gpus))
     return hardware.best_gpu(machine)
@@ -105,9 +105,9 @@ def test_the_server_takes_the_kernel_of_its_path_and_gives_the_memory_back(gpu, 
     pynvml.nvmlInit()
     handle = pynvml.nvmlDeviceGetHandleByIndex(gpu.index)
     before = pynvml.nvmlDeviceGetMemoryInfo(handle).used
-    path = hardware.gpu_path(gpu)
-    with serving.VllmServer(tiny_fp8, serving.default_flags(models.tiny(), path)) as server:
-        assert (server.kernel == MARLIN) == (path.key == "gpu-w8a16"), server.kernel
+    mode = hardware.gpu_mode(gpu)
+    with serving.VllmServer(tiny_fp8, serving.default_flags(models.tiny(), mode)) as server:
+        assert (server.kernel == MARLIN) == (mode.key == "gpu-w8a16"), server.kernel
         assert server.kernel != "not named in the log"
         assert pynvml.nvmlDeviceGetMemoryInfo(handle).used > before
     assert pynvml.nvmlDeviceGetMemoryInfo(handle).used <= before + 64 * 2**20
@@ -115,7 +115,7 @@ def test_the_server_takes_the_kernel_of_its_path_and_gives_the_memory_back(gpu, 
 
 def test_the_same_checkpoint_is_served_in_both_arithmetics(tensor_cores, tiny_fp8):
     """Forced Marlin (W8A16) on hardware that has W8A8."""
-    flags = serving.default_flags(models.tiny(), hardware.gpu_path(tensor_cores))
+    flags = serving.default_flags(models.tiny(), hardware.gpu_mode(tensor_cores))
     own, answer = served(tiny_fp8, flags)
     forced, other = served(tiny_fp8, flags + serving.MARLIN)
     assert (own != MARLIN, forced) == (True, MARLIN)
@@ -138,7 +138,7 @@ def copy_bandwidth(gpu) -> float:
 @pytest.fixture(scope="module")
 def speed(gpu, copy_bandwidth, tiny_fp8, tmp_path_factory):
     """A function: an arm's seconds by name of work, measured once and recorded."""
-    path, known = hardware.gpu_path(gpu), {}
+    mode, known = hardware.gpu_mode(gpu), {}
 
     def measure(arm: str, *more: str) -> dict[str, list[float]]:
         nbytes = {"bf16": models.PHI4.bf16_bytes, "fp8": models.PHI4.fp8_bytes}[arm]
@@ -147,11 +147,11 @@ def speed(gpu, copy_bandwidth, tiny_fp8, tmp_path_factory):
                         f"which has {gpu.memory_bytes / 1e9:.1f} GB")
         if (arm, more) not in known:
             model = random_phi4(tmp_path_factory.mktemp(arm), arm, tiny_fp8)
-            flags = serving.default_flags(models.PHI4, path)
+            flags = serving.default_flags(models.PHI4, mode)
             asked = {"flags": ["--model", str(model), *flags, *RANDOM, *more], "work": WORK,
                      "rounds": ROUNDS}
             known[arm, more], log = ask("speed.py", asked=json.dumps(asked))
-            record(arm, known[arm, more], server_log.selected_kernel(model, log), path,
+            record(arm, known[arm, more], server_log.selected_kernel(model, log), mode,
                    copy_bandwidth)
         return known[arm, more]
 
@@ -169,7 +169,7 @@ def random_phi4(place, arm: str, tiny_fp8):
     return place
 
 
-def record(arm: str, seconds: dict, kernel: str, path, bandwidth: float) -> None:
+def record(arm: str, seconds: dict, kernel: str, mode, bandwidth: float) -> None:
     """Into build/gpu.jsonl: tokens/s, and of one stream's decoding the share of the bandwidth."""
     (REPO / "build").mkdir(exist_ok=True)
     for name, (prompt, generated, streams) in WORK.items():
@@ -185,7 +185,7 @@ def record(arm: str, seconds: dict, kernel: str, path, bandwidth: float) -> None
             "throughput", arm, {"input_tokens": prompt, "output_tokens": generated,
                                 "concurrency": streams, "rounds": ROUNDS}, metrics,
             model={"profile": "phi-4-random", "repo": "random weights", "revision": ""},
-            path=path.key, kernel=kernel, ledger=REPO / "build" / "gpu.jsonl")
+            path=mode.key, kernel=kernel, ledger=REPO / "build" / "gpu.jsonl")
 
 
 def share(arm: str, seconds: list[float], bandwidth: float) -> float:
