@@ -1,4 +1,4 @@
-"""The serving mode each device gets, and `detect` against what the system itself says of this machine."""
+"""The mode each device gets, and `detect` against what the system itself says of this machine."""
 
 import dataclasses
 import os

@@ -107,7 +107,7 @@ def test_a_directory_that_is_no_usable_model_is_refused(tiny_base, tmp_path, dam
 
 def obtain_offline(tmp_path, **environment) -> str:
     """What `hub.obtain` of Phi-4 says in a process of its own, with an empty cache."""
-    code = ("from helpers import WorkbookError, models\n"
+    code = ("from helpers import WorkbookError, hub, models\n"
             "try: hub.obtain(models.PHI4)\n"
             "except WorkbookError as error: print(error)")
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO,
