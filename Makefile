@@ -21,7 +21,7 @@ setup:  ## make the two environments, if they are not there
 	@$(PYTHON) scripts/setup.py
 
 preflight: setup  ## what this machine is, and the path it gets
-	@.venv/bin/python -m helpers.hardware
+	@.venv/bin/python -m helpers.preflight
 
 run: setup  ## run every notebook in order; ONLY=05 runs one
 	@.venv/bin/python scripts/run_notebooks.py run $(ONLY)

@@ -92,7 +92,7 @@ def load(path):
     return model.eval(), transformers.AutoTokenizer.from_pretrained(path)
 
 
-def linears(model) -> list[str]:
+def targets(model) -> list[str]:
     """The names of the Linear layers that FP8_DYNAMIC quantizes: all but lm_head."""
     import torch
 
@@ -161,7 +161,7 @@ def quantized(model, format: Format, weights: bool, activations: bool,
               modules: list[str] | None = None):
     """`applied` with one format, on weights, on activations or on both."""
     return applied(
-        model, modules or linears(model),
+        model, modules or targets(model),
         (lambda _, w: rounded(w, format.grid, format.weights)) if weights else None,
         (lambda _, x: rounded(x, format.grid, format.activations)) if activations else None)
 
@@ -175,7 +175,7 @@ def w8(model, path, activations: bool):
         codes = checkpoint.read_tensor(path, f"{name}.weight")
         return codes.float() * checkpoint.read_tensor(path, f"{name}.weight_scale").float()
 
-    return applied(model, linears(model), stored,
+    return applied(model, targets(model), stored,
                    (lambda _, x: rounded(x, "e4m3")) if activations else None)
 
 
@@ -192,7 +192,7 @@ def observe(model, ids, keep: Callable) -> dict:
         found[name] = keep(x.detach())
         return x
 
-    with applied(model, linears(model), activation=look), torch.no_grad():
+    with applied(model, targets(model), activation=look), torch.no_grad():
         model(ids)
     return found
 
@@ -273,7 +273,7 @@ def left_alone(model, texts: list):
     for title, more in (("Linears only", []), ("and lm_head", ["lm_head"]),
                         ("and the embedding", ["model.embed_tokens"]),
                         ("and both", ["lm_head", "model.embed_tokens"])):
-        with quantized(model, FORMATS[0], True, True, linears(model) + more):
+        with quantized(model, FORMATS[0], True, True, targets(model) + more):
             rows[title] = compare(reference, model, texts)
     return pd.DataFrame(rows).T[["KL", "KL s.e.", "top-1"]]
 

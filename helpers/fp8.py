@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Format:
+class Float8:
     """An 8-bit float: its mantissa's bits, its exponent's bias, its largest number.
 
     `infinity`: the code of +infinity where the format has one; all codes above it are NaN.
@@ -27,8 +27,8 @@ class Format:
     infinity: int | None
 
 
-E4M3 = Format(3, 7, 448.0, None)  # S.1111.110 is 2^8 * (1 + 6/8); only S.1111.111 is NaN
-E5M2 = Format(2, 15, 57344.0, 0b11111_00)  # S.11110.11 is 2^15 * (1 + 3/4); as IEEE 754 does it
+E4M3 = Float8(3, 7, 448.0, None)  # S.1111.110 is 2^8 * (1 + 6/8); only S.1111.111 is NaN
+E5M2 = Float8(2, 15, 57344.0, 0b11111_00)  # S.11110.11 is 2^15 * (1 + 3/4); as IEEE 754 does it
 MAX = E4M3.max
 _SIGN, _NAN = 128, 127
 # An E4M3 code moved into a float16's bits has the exponent bias 15 instead of 7: it reads as its
@@ -36,7 +36,7 @@ _SIGN, _NAN = 128, 127
 FLOAT16_READING = 2.0**8
 
 
-def decode(codes, format: Format = E4M3):
+def decode(codes, format: Float8 = E4M3):
     """The numbers that 8-bit float codes stand for: uint8 tensor of any shape to float32."""
     import torch
 
@@ -53,7 +53,7 @@ def decode(codes, format: Format = E4M3):
     return value.masked_fill(magnitude > (format.infinity or _NAN - 1), torch.nan)
 
 
-def encode(x, format: Format = E4M3):
+def encode(x, format: Float8 = E4M3):
     """The nearest code of every number, ties to even, saturating at the format's largest number.
 
     Float tensor of any shape to uint8. LLM Compressor clamps before it casts, so larger numbers

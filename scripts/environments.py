@@ -305,7 +305,7 @@ def set_up() -> None:
 def preflight(show: bool) -> int:
     """Run the preflight in .venv; its lines are shown if asked for or if one of them is a FAIL."""
     python = environments(gpu=False)[0].python
-    result = subprocess.run([python, "-m", "helpers.hardware"], capture_output=True, text=True)
+    result = subprocess.run([python, "-m", "helpers.preflight"], capture_output=True, text=True)
     if show or result.returncode:
         say(result.stdout + result.stderr)
     return result.returncode

@@ -86,7 +86,7 @@ def test_w8a16_is_a_model_whose_weights_were_changed_by_hand(tiny, tiny_base, ti
     other, _ = ablation.load(tiny_base)
     state = {name.removesuffix("_scale"): stored[name.removesuffix("_scale")].float()
              * stored[name].float() for name in stored if name.endswith("weight_scale")}
-    assert len(state) == len(ablation.linears(model)) == 16
+    assert len(state) == len(ablation.targets(model)) == 16
     other.load_state_dict(state, strict=False)
     with ablation.w8(model, tiny_fp8, activations=False):
         assert torch.equal(ablation.outputs(model, texts)[1], ablation.outputs(other, texts)[1])
@@ -109,7 +109,7 @@ def test_what_is_observed_is_what_the_first_linear_is_given(tiny):
     found = ablation.observe(model, texts[0], lambda x: x)
     with torch.no_grad():
         expected = model.model.layers[0].input_layernorm(model.model.embed_tokens(texts[0]))[0]
-    assert sorted(found) == sorted(ablation.linears(model))
+    assert sorted(found) == sorted(ablation.targets(model))
     assert torch.equal(found["model.layers.0.self_attn.qkv_proj"], expected)
 
 
@@ -144,7 +144,7 @@ def test_problems_are_solved_as_transformers_answers_them_one_by_one(tiny_base):
     first, second = table["right"]
     assert first == sum(alone) and second == first - table["lost"].iloc[1] + table["gained"].iloc[1]
     assert (table["low"] < table["accuracy"]).all() and (table["high"] > table["accuracy"]).all()
-    with ablation.applied(model, ablation.linears(model), weight=lambda _, w: w * 0):
+    with ablation.applied(model, ablation.targets(model), weight=lambda _, w: w * 0):
         assert not any(ablation.solved(model, tokenizer, rows))
 
 

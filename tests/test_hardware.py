@@ -11,7 +11,7 @@ from pathlib import Path
 import environments
 import pytest
 
-from helpers import hardware
+from helpers import hardware, preflight
 from helpers.hardware import Gpu, Machine
 
 # Name, compute capability (NVIDIA's table of CUDA GPUs), memory in GB, the mode it gets.
@@ -182,7 +182,7 @@ def test_a_driver_too_old_for_vllms_torch_is_a_sentence(
 
     monkeypatch.setattr(hardware, "_gpus", lambda: ((card,), ""))
     assert hardware.detect().note == fault
-    hardware.main()  # preflight
+    preflight.main()  # preflight
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.split()[1] == "GPU:")
     assert line.startswith("[FAIL]" if words else "[OK]") and fault in line
     assert "driver 550.54.15 (CUDA {}.{})".format(*supported) in line
@@ -204,7 +204,7 @@ def test_preflight_names_the_gpus_that_differ_and_the_hidden_ones(monkeypatch, c
     two = dataclasses.replace(machine(gpu("NVIDIA L4", (8, 9), 24), gpu("Tesla T4", (7, 5), 16, 1)),
                               note="the GPUs differ, and this plan is for the NVIDIA L4")
     monkeypatch.setattr(hardware, "detect", lambda: two)
-    hardware.main()
+    preflight.main()
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.split()[1] == "GPU:")
     assert "NVIDIA L4" in line and "Tesla T4" in line and line.endswith(two.note)
 
@@ -236,7 +236,7 @@ def test_set_up_and_preflight_see_the_same_gpu():
 
 
 def test_preflight_of_this_machine():
-    result = subprocess.run([sys.executable, "-m", "helpers.hardware"],
+    result = subprocess.run([sys.executable, "-m", "helpers.preflight"],
                             capture_output=True, text=True)
     lines = result.stdout.splitlines()
     assert result.returncode == 0, result.stdout + result.stderr
@@ -249,7 +249,7 @@ def test_preflight_says_what_to_do(monkeypatch, capsys):
     poor = machine(gpu("NVIDIA GeForce GTX 1080", (6, 1), 8), ram=2, disk=1)
     monkeypatch.setattr(hardware, "detect", lambda: poor)
     monkeypatch.setattr(hardware, "REPO", hardware.REPO / "tests")  # no .venv-serve there
-    assert hardware.main() == 1
+    assert preflight.main() == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[FAIL]")]
     assert [line.split()[1].rstrip(":") for line in failed] == ["disk", "RAM", "serving", "mode"]
     assert "free some space" in failed[0] and "make setup" in failed[2]
@@ -259,5 +259,5 @@ def test_preflight_says_what_to_do(monkeypatch, capsys):
 def test_a_gpu_mode_needs_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     on_gpu = hardware.serving_mode(machine(gpu("NVIDIA L4", (8, 9), 24)))
-    assert not hardware._compiler(on_gpu).ok
-    assert hardware._compiler(dataclasses.replace(on_gpu, device="cpu")).ok
+    assert not preflight._compiler(on_gpu).ok
+    assert preflight._compiler(dataclasses.replace(on_gpu, device="cpu")).ok

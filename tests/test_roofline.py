@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import REPO
 
-from helpers import WorkbookError, checkpoint, fits, hardware, ledger, models, roofline
+from helpers import WorkbookError, checkpoint, hardware, ledger, models, roofline, widgets
 
 PHI4 = roofline.load_config(REPO / "data" / "phi4")
 
@@ -63,20 +63,23 @@ def test_the_published_a40_figures_are_two_thirds_of_their_ceilings():
     assert round(100 * value["fp8"] / ceilings["FP8 ceiling"]) == 67
 
 
-def test_every_gpu_has_a_source_and_a_path_by_its_capability():
+def test_every_gpu_has_a_source_and_a_mode_by_its_capability():
     table = roofline.gpu_table(PHI4)
     assert all(gpu["source"] for gpu in roofline.gpus())
-    assert table["path"].to_dict()["A40"] == "W8A16"
-    assert table["path"].to_dict()["L40S"] == "W8A8"
-    assert table["path"].to_dict()["V100 SXM2 32 GB"] == "none"
+    modes = table["mode"].to_dict()
+    assert (modes["A40"], modes["L40S"], modes["V100 SXM2 32 GB"]) == ("W8A16", "W8A8", "none")
 
 
-@pytest.mark.parametrize("name, bf16, fp8", [("A40", "yes", "yes"), ("L4", "no", "yes"),
-                                             ("T4", "no", "no"),
-                                             ("V100 SXM2 32 GB", "no", "no kernel")])
-def test_what_a_gpu_can_serve_of_phi4(name, bf16, fp8):
-    gpu = roofline.gpu_table(PHI4).loc[name]
-    assert (gpu["bf16 fits"], gpu["FP8 fits"]) == (bf16, fp8)
+@pytest.mark.parametrize("name, bf16, fp8, words", [
+    ("A40", True, True, ("yes", "yes")), ("L4", False, True, ("no", "yes")),
+    ("T4", False, False, ("no", "no")), ("V100 SXM2 32 GB", False, True, ("no", "no kernel"))])
+def test_what_a_gpu_can_serve_of_phi4(name, bf16, fp8, words):
+    table = roofline.gpu_table(PHI4)
+    assert (table.loc[name, "bf16 fits"], table.loc[name, "FP8 fits"]) == (bf16, fp8)
+    shown = widgets.gpu_table(table).loc[name]
+    assert (shown["bf16 fits"], shown["FP8 fits"]) == words
+    assert table.loc[name, "FP8 kernel"] == (shown["mode"] != "none") == (words[1] != "no kernel")
+    assert shown["FP8 ceiling"] == round(table.loc[name, "FP8 ceiling"], 1)
 
 
 def test_a_gpus_bandwidth_is_its_data_sheets():
@@ -104,16 +107,16 @@ def test_what_a_24_gb_card_has_left_after_fp8():
 
 
 def test_a_gpu_is_explained_and_an_unknown_one_is_told():
-    assert "FP8 fits and bf16 does not" in fits.explain(PHI4, "L4")
-    assert "Both fit" in fits.explain(PHI4, "A40")
-    assert "Neither" in fits.explain(PHI4, "T4")
-    assert "needs 7.5 or newer" in fits.explain(PHI4, "V100 SXM2 32 GB")
+    assert "FP8 fits and bf16 does not" in roofline.explain(PHI4, "L4")
+    assert "Both fit" in roofline.explain(PHI4, "A40")
+    assert "Neither" in roofline.explain(PHI4, "T4")
+    assert "needs 7.5 or newer" in roofline.explain(PHI4, "V100 SXM2 32 GB")
     with pytest.raises(WorkbookError, match="'A4' is not in data/gpus.json"):
-        fits.explain(PHI4, "A4")
+        roofline.explain(PHI4, "A4")
 
 
 def test_the_widget_follows_its_menu():
-    menu, words, _ = fits.explorer().children
+    menu, words, _ = widgets.gpu_menu().children
     assert len(menu.options) == len(roofline.gpus())
     menu.value = "L4"
     assert "FP8 fits and bf16 does not" in words.value

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import WorkbookError, plots, widgets
+from helpers import WorkbookError, plots, scales, widgets
 
 DOWN = "model.layers.0.mlp.down_proj"
 
@@ -45,25 +45,25 @@ def parts(widget):
 
 
 def test_channel_errors_and_maps_are_those_of_the_whole_tensors(tiny_base, tiny_fp8, monkeypatch):
-    monkeypatch.setattr(widgets, "SLICE", 100 * 768)  # so that the last slice is a short one
+    monkeypatch.setattr(scales, "SLICE", 100 * 768)  # so that the last slice is a short one
     base = load_file(tiny_base / "model.safetensors")
     stored = load_file(tiny_fp8 / "model.safetensors")
     weight, scale = base[f"{DOWN}.weight"].double(), stored[f"{DOWN}.weight_scale"].double()
     noise = (stored[f"{DOWN}.weight"].double() * scale - weight).square().sum(1)
-    found = widgets.channel_error(tiny_base, tiny_fp8, DOWN)
+    found = scales.channel_error(tiny_base, tiny_fp8, DOWN)
     assert torch.allclose(found[0].double(), weight.square().sum(1), rtol=1e-5)
     assert torch.allclose(found[1].double(), noise, rtol=1e-4)
-    spread = widgets.spread_map(tiny_fp8)
+    spread = scales.spread_map(tiny_fp8)
     assert spread.shape == (4, 4)
     assert spread.loc[0, "down_proj"] == pytest.approx(float(scale.max() / scale.min()))
-    n = widgets.MAP_ROWS
+    n = scales.MAP_ROWS
     expected = 10 * torch.log10(weight[:n].square().sum() / noise[:n].sum())
-    assert widgets.sqnr_map(tiny_base, tiny_fp8).loc[0, "down_proj"] == pytest.approx(
+    assert scales.sqnr_map(tiny_base, tiny_fp8).loc[0, "down_proj"] == pytest.approx(
         float(expected), abs=1e-3)
 
 
 def test_the_largest_channels_are_named():
-    assert widgets.largest(torch.tensor([1.0, 3.0, 2.0]), 2) == "1 (3), 2 (2)"
+    assert scales.largest(torch.tensor([1.0, 3.0, 2.0]), 2) == "1 (3), 2 (2)"
 
 
 def test_every_control_changes_the_picture(tiny_base, tiny_fp8, pictures):
@@ -100,7 +100,7 @@ BAD = pytest.mark.parametrize("changes, says", [
 def test_bad_scales_are_a_sentence(copy, changes, says):
     edit(copy, changes)
     with pytest.raises(WorkbookError) as caught:
-        widgets.scales(copy, DOWN)
+        scales.of(copy, DOWN)
     assert says in str(caught.value)
 
 
@@ -174,7 +174,7 @@ def test_a_checkpoint_without_fp8_is_a_sentence(tiny_base):
 
 def test_an_unknown_module_is_a_sentence(tiny_fp8):
     with pytest.raises(WorkbookError, match="There is no module model.layers.9.nothing"):
-        widgets.scales(tiny_fp8, "model.layers.9.nothing")
+        scales.of(tiny_fp8, "model.layers.9.nothing")
 
 
 @pytest.mark.parametrize("place, says", [

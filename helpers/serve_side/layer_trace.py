@@ -39,7 +39,7 @@ def received(fp8: Path, module: str, flags: list[str]) -> Received:
     if f"{module}.weight_scale" not in {tensor.name for tensor in checkpoint.census(Path(fp8))}:
         raise WorkbookError(f"{Path(fp8).name} has no FP8 module {module}.",
                             "Names are those of the checkpoint's header.",
-                            "widgets.modules(path) lists the FP8 modules there are.")
+                            "scales.modules(path) lists the FP8 modules there are.")
     # In one process, so that the model can be reached; and the identity's rows make no graphs.
     env = os.environ | serving.ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with tempfile.TemporaryDirectory() as folder:

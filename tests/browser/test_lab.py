@@ -151,7 +151,7 @@ def test_every_picture_is_there_and_says_in_words_what_it_shows(page):
 
 @START_HERE
 def test_the_menu_of_gpus_changes_sentence_and_table(page):
-    cell = page.locator(".jp-CodeCell").filter(has_text="fits.explorer()")
+    cell = page.locator(".jp-CodeCell").filter(has_text="widgets.gpu_menu()")
     sentence, table = cell.locator(".widget-html-content"), cell.locator("table")
     before = sentence.inner_text(), table.inner_text()
     cell.get_by_label("GPU", exact=True).select_option("L4")

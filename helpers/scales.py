@@ -1,0 +1,159 @@
+"""The scales of an FP8 checkpoint, and the error that comes with them, module by module.
+
+One tensor or one slice of it is read at a time, so that a 14.7B checkpoint needs no more memory
+than a small one.
+"""
+
+import re
+from pathlib import Path
+
+from helpers import WorkbookError, checkpoint
+from helpers.fp8 import upcast
+
+SLICE = 2**19  # weights worked on at once: 2 MB in float32 stay in the processor's cache
+TINY = 1e-12  # a channel of zeros has no error to divide
+MAP_ROWS = 64  # output channels that a cell of the SQNR map is taken from
+
+
+def modules(fp8: Path) -> list[tuple[int, str, str]]:
+    """(layer, short name, full name) of every FP8 module of the checkpoint, in its order.
+
+    Raises `WorkbookError` when the checkpoint is incomplete or holds no FP8 weight.
+    """
+    found = []
+    for tensor in checkpoint.census(fp8):
+        match = re.fullmatch(r"(.*\.layers\.(\d+)\..*?([^.]+))\.weight", tensor.name)
+        if match and tensor.dtype == "F8_E4M3":
+            found.append((int(match[2]), match[3], match[1]))
+    if not found:
+        raise WorkbookError(f"{fp8.name} holds no FP8 weight.",
+                            "Its Linear layers are stored in another type.",
+                            "Name a checkpoint that FP8_DYNAMIC made; notebook 02 makes one.")
+    return found
+
+
+def of(fp8: Path, module: str):
+    """The scales of a module's output channels: float32 [out].
+
+    Raises `WorkbookError` when there is no such module, it is not FP8, it has one scale for the
+    tensor, or a scale is not a positive number.
+    """
+    import torch
+
+    tensors = {tensor.name: tensor for tensor in checkpoint.census(fp8)}
+    weight, scale = (tensors.get(f"{module}.weight"), tensors.get(f"{module}.weight_scale"))
+    if weight is None:
+        raise WorkbookError(f"There is no module {module} in {fp8.name}.",
+                            "Names are those of the checkpoint's header.",
+                            "scales.modules(path) lists the FP8 modules there are.")
+    if weight.dtype != "F8_E4M3" or scale is None:
+        raise WorkbookError(f"{module} of {fp8.name} is not FP8: its weight is {weight.dtype}"
+                            f"{'' if scale else ' without a scale'}.",
+                            "There are no scales to look at.",
+                            "Choose a module that FP8_DYNAMIC quantized.")
+    if scale.shape != (weight.shape[0], 1):
+        raise WorkbookError(f"{module} has scales of shape {list(scale.shape)}, and "
+                            f"{weight.shape[0]} output channels.",
+                            "It was quantized per tensor or in groups, not per channel.",
+                            "Choose a checkpoint that FP8_DYNAMIC made.")
+    values = checkpoint.read_tensor(fp8, scale.name).float().flatten()
+    bad = ~(torch.isfinite(values) & (values > 0))
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        raise WorkbookError(f"{int(bad.sum())} of {len(values)} scales of {module} are no positive "
+                            f"number; the first is {values[first]:g}, of channel {first}.",
+                            "Its weights cannot be rebuilt.", "Make the checkpoint again.")
+    return values
+
+
+def rows(path: Path, name: str, start: int, stop: int):
+    """Rows start to stop of a tensor, float32; nothing else of it is read."""
+    from safetensors import safe_open
+
+    with safe_open(_file(path, name), "pt") as shard:
+        return shard.get_slice(name)[start:stop].float()
+
+
+def _file(path: Path, name: str) -> Path:
+    """The shard that holds a tensor."""
+    file = next((t.file for t in checkpoint.census(path) if t.name == name), None)
+    if file is None:
+        raise WorkbookError(f"There is no tensor {name} in {path.name}.",
+                            "The two checkpoints are not of one model.",
+                            "Name the base that the FP8 checkpoint was made from.")
+    return path / file
+
+
+def require_one_model(base: Path, fp8: Path, name: str) -> None:
+    shapes = [next((t.shape for t in checkpoint.census(path) if t.name == name), None)
+              for path in (base, fp8)]
+    if None not in shapes and shapes[0] != shapes[1]:
+        raise WorkbookError(
+            f"{name} is {list(shapes[0])} in {base.name} and {list(shapes[1])} in {fp8.name}.",
+            "The two checkpoints are not of one model.",
+            "Name the base that the FP8 checkpoint was made from.")
+
+
+def channel_error(base: Path, fp8: Path, module: str, channels: int | None = None):
+    """Squares of signal and of error by output channel: two float32 tensors [channels].
+
+    `channels`: the first so many only; all when None.
+    """
+    import torch
+    from safetensors import safe_open
+
+    scale = of(fp8, module)[:channels]
+    name = f"{module}.weight"
+    require_one_model(base, fp8, name)
+    signal, noise = torch.empty_like(scale), torch.empty_like(scale)
+    with (safe_open(_file(base, name), "pt") as before, safe_open(_file(fp8, name), "pt") as after):
+        original, codes = before.get_slice(name), after.get_slice(name)
+        step = max(1, SLICE // codes.get_shape()[1])
+        for start in range(0, len(scale), step):
+            part = slice(start, min(start + step, len(scale)))
+            weight = original[part].float()
+            error = torch.addcmul(weight, upcast(codes[part]), scale[part, None], value=-(2.0**8))
+            signal[part] = torch.linalg.vecdot(weight, weight)
+            noise[part] = torch.linalg.vecdot(error, error)
+    return signal, noise
+
+
+def relative_error(base: Path, fp8: Path, module: str):
+    """Norm of the error over norm of the weights, by output channel: float32 tensor [out]."""
+    signal, noise = channel_error(base, fp8, module)
+    return (noise / signal.clamp_min(TINY)).sqrt()
+
+
+def spread_map(fp8: Path):
+    """Largest over smallest channel scale: a DataFrame, index layer, columns module."""
+    def spread(module):
+        values = of(fp8, module)
+        return float(values.max() / values.min())
+
+    return _map(fp8, spread)
+
+
+def sqnr_map(base: Path, fp8: Path):
+    """SQNR in dB of the first `MAP_ROWS` channels: a DataFrame, index layer, columns module."""
+    import torch
+
+    def sqnr(module):
+        signal, noise = channel_error(base, fp8, module, MAP_ROWS)
+        return float(10 * torch.log10(signal.sum() / noise.sum()))
+
+    return _map(fp8, sqnr)
+
+
+def _map(fp8: Path, value):
+    import pandas as pd
+
+    table = {}
+    for layer, short, module in modules(fp8):
+        table.setdefault(short, {})[layer] = value(module)
+    return pd.DataFrame(table).rename_axis(index="layer", columns="module")
+
+
+def largest(scale, count: int = 5) -> str:
+    """The channels with the largest scales, named, largest first."""
+    top = scale.topk(min(count, len(scale)))
+    return ", ".join(f"{int(channel)} ({value:.3g})" for value, channel in zip(*top, strict=True))

@@ -1,0 +1,211 @@
+"""Pictures of values: a format's numbers; a model's scales, weights, inputs and their errors."""
+
+from helpers import plots
+from helpers.plots import BF16, FP8, GREY, THIRD
+
+
+def number_lines(e4m3, e5m2) -> None:
+    """Where INT8, E4M3 and E5M2 put their values when all are scaled to an amax of 1.
+
+    `e4m3`, `e5m2`: float tensors [256], the decoded codes; NaN and infinities are left out.
+    """
+    import torch
+
+    grids = [("INT8", torch.arange(-127, 128) / 127, BF16),
+             ("E4M3", e4m3[e4m3.isfinite()].unique() / 448, FP8),
+             ("E5M2", e5m2[e5m2.isfinite()].unique() / 57344, THIRD)]
+    figure, (line, step) = plots.canvas(width=10, height=3.6, columns=2)
+    for row, (name, values, colour) in enumerate(grids):
+        line.plot(values, [row] * len(values), "|", ms=22, color=colour, mew=0.8)
+        positive = values[values > 0]
+        step.loglog(positive[:-1], positive.diff() / positive[:-1] * 100, color=colour, label=name)
+    line.set_yticks(range(3), [name for name, _, _ in grids])
+    line.set_ylim(-0.6, 2.6)
+    line.set_xlabel("value / amax")
+    line.set_title("Floats crowd their values around zero", loc="left")
+    step.set_xlabel("value / amax")
+    step.set_ylabel("step to the next value, %")
+    step.set_yticks([1, 10, 100], ["1", "10", "100"])
+    step.legend(frameon=False)
+    step.set_title("and keep their relative step far down", loc="left")
+    plots.show(figure, "Left: the values of INT8, evenly spaced, and of E4M3 and E5M2, dense "
+                       "around zero. Right: the relative step over magnitude: E4M3's stays between "
+                       "6.7 and 12.5 % over four decades, E5M2's is twice that over more, and "
+                       "INT8's grows as values shrink.")
+
+
+def channel_scales(name: str, scale) -> None:
+    """One module's weight scales, in place and sorted; `scale`: float tensor [channels]."""
+    figure, (place, order) = plots.canvas(width=10, height=3.2, columns=2)
+    place.plot(scale, ".", ms=3, color=FP8)
+    place.set_xlabel("output channel")
+    place.set_ylabel("scale (amax / 448)")
+    place.set_title("in place", loc="left")
+    order.plot(scale.sort().values, color=FP8)
+    order.axhline(scale.max(), color=GREY, ls="--", lw=1)
+    order.annotate("one scale for the tensor", (0, scale.max()), xytext=(2, -4),
+                   textcoords="offset points", va="top", color=GREY)
+    order.set_xlabel("channels, sorted")
+    order.set_title(f"sorted: {scale.max() / scale.min():.1f}x from least to largest", loc="left")
+    figure.suptitle(name, x=0.01, ha="left")
+    plots.show(figure, f"The {scale.numel()} channel scales of {name}, from {scale.min():.2e} to "
+                 f"{scale.max():.2e}.")
+
+
+def weight_error(name: str, original, rebuilt) -> None:
+    """Relative error of every weight against its magnitude over its channel's amax.
+
+    `original`, `rebuilt`: float tensors [out, in].
+    """
+    reach = (original.abs() / original.abs().amax(dim=1, keepdim=True)).flatten()
+    error = ((rebuilt - original).abs() / original.abs().clamp_min(1e-12)).flatten()
+    pick = slice(None, None, max(1, reach.numel() // 20_000))
+    figure, axis = plots.canvas()
+    axis.loglog(reach[pick], error[pick].clamp_min(1e-5) * 100, ".", ms=1.5, alpha=0.4, color=FP8)
+    most = 17 / 273 * 100  # 17/16 of half a step, at 1 + 17/256 rounded to 1
+    axis.axhline(most, color="black", lw=1, ls="--")
+    axis.text(1, most * 1.15, f"17/16 of half a step: {most:.1f} %", ha="right")
+    axis.set_xlim(1e-5, 1.3)
+    axis.set_ylim(1e-2, 200)
+    axis.set_xlabel("|weight| / its channel's amax")
+    axis.set_ylabel("relative error, %")
+    axis.set_title("The step bounds the error until weights turn subnormal", loc="left")
+    plots.show(figure, f"Relative error of the weights of {name} against their magnitude: under "
+                       "6.2 % down to about 3e-5 of amax, larger below.")
+
+
+def weights_on_grid(name: str, channel: int, original, codes, scale: float) -> None:
+    """One channel's weights before and after, and the error that lies between.
+
+    `original`, `codes` (decoded, not yet scaled): float tensors [in]; `scale`: the channel's.
+    """
+    order = original.argsort()
+    pick = order[::max(1, len(order) // 4000)]
+    before, after = original[pick] / scale, codes[pick]
+    figure, (line, zoom) = plots.canvas(width=10, height=3.4, columns=2)
+    line.plot(before, after, ".", ms=3, color=FP8)
+    line.set_xlabel("weight / scale, before")
+    line.set_ylabel("stored E4M3 value")
+    line.set_title("before and after", loc="left")
+    zoom.plot(before, after - before, ".", ms=3, color=FP8)
+    zoom.set_xlabel("weight / scale, before")
+    zoom.set_ylabel("after - before")
+    zoom.set_title("the error grows with the step", loc="left")
+    figure.suptitle(f"{name}, channel {channel}", x=0.01, ha="left")
+    plots.show(figure, f"{len(pick)} weights of channel {channel} of {name} before and after "
+                       "rounding to E4M3, and their difference, whose bound doubles at every "
+                       "power of two.")
+
+
+def channel_error(name: str, error) -> None:
+    """Relative error of each output channel, in place and sorted; `error`: tensor [channels]."""
+    figure, (place, order) = plots.canvas(width=10, height=3.2, columns=2)
+    place.plot(error * 100, ".", ms=3, color=FP8)
+    place.set_xlabel("output channel")
+    place.set_ylabel("relative error, %")
+    place.set_title("in place", loc="left")
+    order.plot(error.sort().values * 100, color=FP8)
+    order.set_xlabel("channels, sorted")
+    order.set_title(f"sorted: median {error.median():.2%}", loc="left")
+    figure.suptitle(name, x=0.01, ha="left")
+    plots.show(figure, f"Relative error of {error.numel()} output channels of {name}, median "
+                 f"{error.median():.2%}.")
+
+
+def module_map(table, unit: str, title: str) -> None:
+    """A value for every layer and module; `table`: DataFrame, index layer, columns module.
+
+    `unit` says what the values are.
+    """
+    figure, axis = plots.canvas(height=max(2.6, 0.28 * len(table) + 1.4))
+    image = axis.imshow(table, cmap="cividis", aspect="auto")
+    axis.set_xticks(range(table.shape[1]), [name.replace(" ", "\n", 1) for name in table.columns])
+    axis.set_yticks(range(len(table)), table.index)
+    axis.spines[:].set_visible(False)
+    axis.set_ylabel("layer")
+    for (row, column), value in _cells(table):
+        axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=9,
+                  color=plots.ink(image.cmap(image.norm(value))))
+    figure.colorbar(image, ax=axis, label=unit)
+    axis.set_title(title, loc="left")
+    plots.show(figure, f"Map of {len(table)} layers by {table.shape[1]} modules: {unit}, from "
+                 f"{table.min().min():.1f} to {table.max().max():.1f}.")
+
+
+def _cells(table):
+    return (((row, column), value) for row, line in enumerate(table.to_numpy())
+            for column, value in enumerate(line))
+
+
+def _labels(names, most: int):
+    """Places and names of the ticks: all names, or every so many that `most` of them fit."""
+    step = -(-len(names) // most)
+    return range(0, len(names), step), names[::step]
+
+
+def token_amax(table, pieces: list[str]) -> None:
+    """The amax of one text's activations by token and module.
+
+    `table`: DataFrame, index module, a column a token; `pieces`: the tokens' texts.
+    """
+    from matplotlib.colors import LogNorm
+
+    figure, axis = plots.canvas(width=10, height=min(12, 0.22 * len(table) + 2.3))
+    image = axis.imshow(table, cmap="cividis", aspect="auto", norm=LogNorm())
+    axis.set_yticks(*_labels(table.index, 45), fontsize=8)
+    axis.set_xticks(range(len(pieces)), [piece.replace("$", r"\$") for piece in pieces],
+                    rotation=90, fontsize=8)
+    axis.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axis, label="amax of the input", location="bottom", shrink=0.5,
+                    aspect=50)  # below: beside the map it would take the tokens' room
+    axis.set_title("Every token and every module has its own reach", loc="left")
+    plots.show(figure, f"Map of the largest magnitude in the input of {len(table)} modules for "
+                 f"{len(pieces)} tokens, from {table.min().min():.2g} to {table.max().max():.2g}.")
+
+
+def static_and_dynamic(table) -> None:
+    """SQNR of the inputs by module: columns "static", "dynamic", in dB; index module."""
+    figure, axis = plots.canvas(width=10, height=3.8)
+    places = range(len(table))
+    axis.plot(places, table["dynamic"], "o", color=FP8, label="per token, dynamic")
+    axis.plot(places, table["static"], "s", color=BF16, label="per tensor, static")
+    axis.set_xticks(*_labels(table.index, 60), rotation=90, fontsize=8)
+    axis.set_ylabel("SQNR of the input, dB")
+    axis.grid(axis="x", color="#dddddd", lw=0.8)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    gain = table["dynamic"] - table["static"]
+    axis.set_title(f"Dynamic less static: median {gain.median():.1f} dB, largest "
+                   f"{gain.max():.1f} dB", loc="left")
+    plots.show(figure, f"Signal to quantization noise of the inputs of {len(table)} modules, per "
+                       "token and with one static scale.")
+
+
+def outliers(tables: dict) -> None:
+    """How far apart channels and tokens lie, over the depth, one point a module.
+
+    `tables`: a model's name to `outliers.table` of it.
+    """
+    from matplotlib.ticker import LogLocator
+
+    figure, axes = plots.canvas(width=11, height=3.6, columns=3)
+    columns = {"weight scales": "largest / smallest\nchannel scale of a weight",
+               "tokens": "loudest / quietest token\nof an input",
+               "features": "largest / median feature\nof an input"}
+    for axis, (column, title) in zip(axes, columns.items(), strict=True):
+        for (name, table), colour, mark in zip(tables.items(), (BF16, FP8, THIRD), "so^",
+                                               strict=False):
+            depth = [int(module.split(".")[0]) for module in table.index]
+            axis.plot([100 * layer / max(depth) for layer in depth], table[column], mark, ms=4,
+                      alpha=0.7, color=colour, label=name)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
+        axis.set_xlabel("depth, % of the layers")
+        axis.set_title(title, loc="left")
+    axes[0].set_ylabel("ratio")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    largest = {name: table.max().round(0).astype(int) for name, table in tables.items()}
+    plots.show(figure, "Ratios over depth: " + "; ".join(
+        f"{name}, at most {of['weight scales']:,} between channel scales, {of['tokens']:,} between "
+        f"tokens, {of['features']:,} between features" for name, of in largest.items()) + ".")
