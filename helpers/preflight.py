@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from helpers import hardware
-from helpers.hardware import GB
+from helpers.hardware import GB, ServingMode
 
 # What the bundled model's notebooks take: a server and a notebook kernel at once, and their files.
 NEEDED_RAM = 6 * GB
@@ -56,7 +56,7 @@ def _enough(name: str, has: int, needed: int, remedy: str) -> Check:
     return Check(False, name, f"{has / GB:.1f} GB, and {needed / GB:.0f} are needed: {remedy}")
 
 
-def _compiler(mode: hardware.ServingMode) -> Check:
+def _compiler(mode: ServingMode) -> Check:
     """vLLM's Triton kernels are compiled while it runs on a GPU; on a CPU nothing is compiled."""
     found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if mode.device == "cuda" and not found:
