@@ -167,14 +167,45 @@ def published_table(experiment: str | None = None):
 
 
 def benchmark_table():
-    """Microsoft's benchmark table as published: benchmark by model, percent right."""
+    """Microsoft's benchmark table as published: what each asks, then percent right by model.
+
+    A DataFrame of strings, a row a benchmark. A star is the source's own, and stands where it has
+    a footnote: the row's note.
+    """
     import pandas as pd
 
-    rows = pd.DataFrame([{"benchmark": row["work"]["benchmark"], "model": row["model"],
-                          "value": row["value"]}
-                         for row in published() if row["experiment"] == "benchmark"])
-    return rows.pivot(index="benchmark", columns="model", values="value").loc[
-        rows["benchmark"].unique(), rows["model"].unique()]
+    rows = [row for row in published() if row["experiment"] == "benchmark"]
+    table: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cells = table.setdefault(row["work"]["benchmark"], {"asks": row["work"]["asks"]})
+        cells[row["model"]] = f"{row['value']}" + ("*" if "note" in row else "")
+    return pd.DataFrame.from_dict(table, orient="index")
+
+
+def open_llm_table():
+    """What Red Hat published of Phi-4 in both arms: percent right by benchmark, and FP8's loss.
+
+    A DataFrame with columns shots (NA for the average), bf16, FP8 and "FP8 - bf16", in points.
+    """
+    import pandas as pd
+
+    table: dict[str, dict] = {}
+    for row in published():
+        if row["id"].startswith("redhatai-"):
+            line = table.setdefault(row["work"]["benchmark"],
+                                    {"shots": row["work"].get("num_fewshot")})
+            line["FP8" if row["arm"] == "fp8" else row["arm"]] = row["value"]
+    shown = pd.DataFrame.from_dict(table, orient="index").astype({"shots": "Int64"})
+    return shown.assign(**{"FP8 - bf16": (shown["FP8"] - shown["bf16"]).round(2)})
+
+
+def card_table():
+    """What Microsoft says of Phi-4 in its card and its report, in short: a DataFrame by topic."""
+    import pandas as pd
+
+    rows = [row for row in published() if row["unit"] == "statement"]
+    return pd.DataFrame({"what it says": [row["value"] for row in rows]},
+                        index=[row["claim"] for row in rows])
 
 
 def _hardware() -> dict:

@@ -13,6 +13,8 @@ from helpers import hardware, ledger, models, stats, workspace
 # What a row must share with the published one before the two may be called equal or different.
 # A speed also needs the same GPU; an accuracy does not depend on how fast it was computed.
 PHI4 = {"microsoft/phi-4", "NyxKrage/Microsoft_Phi-4"}
+# Of a claim's work: its name, how its figure is read, and a length that no prompt of it reaches.
+NOT_COMPARED = ("filter", "version", "benchmark", "max_model_len")
 SCALE = {"percent right": 0.01}
 BENCH = workspace.data("measured") / "bench-cpu.jsonl"
 
@@ -59,11 +61,11 @@ def _same_work(row: dict, claim: dict) -> bool:
     if row["model"]["repo"] not in PHI4:
         return False
     if claim["experiment"] == "throughput":
-        # The card does not say how many streams; its figures fit one, and so does its roofline.
+        # The card does not say how many streams: one is what this workbook takes it to mean.
         work = {**claim["work"], "concurrency": 1}
         return claim["hardware"] in str(row["hardware"].get("gpus")) and all(
             row["work"].get(k) == v for k, v in work.items())
-    asked = {k: v for k, v in claim["work"].items() if k not in ("filter", "version")}
+    asked = {k: v for k, v in claim["work"].items() if k not in NOT_COMPARED}
     return all(row["work"].get(k) == v for k, v in asked.items())
 
 

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 from conftest import REPO
 
-from helpers import ledger
+from helpers import ledger, report
 
 PUBLISHED = REPO / "data" / "published"
 FILES = sorted(PUBLISHED.glob("*.json"))
@@ -63,8 +63,40 @@ def test_the_benchmark_table_is_whole():
     assert benchmarks == {"MMLU", "GPQA", "MGSM", "MATH", "HumanEval", "SimpleQA", "DROP"}
     assert len(models) == 7 and len(cells) == 49
     table = ledger.benchmark_table()
-    assert table.shape == (7, 7) and table.notna().all(axis=None)
-    assert table.loc["SimpleQA", "phi-4 (14B)"] == 3.0
+    assert table.shape == (7, 8) and table.notna().all(axis=None)
+    assert table.loc["SimpleQA", "phi-4 (14B)"] == "3.0"
+    assert table.loc["MATH", "asks"] == "competition mathematics"
+    starred = {(b, m) for b in table.index for m in table.columns if table.loc[b, m].endswith("*")}
+    assert starred == {(b, "Llama-3.3 (70B instruct)") for b in ("MATH", "HumanEval")}
+
+
+def test_both_arms_have_every_open_llm_score_and_the_averages_follow():
+    table = ledger.open_llm_table()
+    assert list(table.index) == ["MMLU", "ARC Challenge", "GSM8K", "HellaSwag", "Winogrande",
+                                 "TruthfulQA", "Average"]
+    for arm in ("bf16", "FP8"):
+        scores = table[arm].drop("Average")
+        assert abs(scores.mean() - table.loc["Average", arm]) < 0.006  # two decimals are published
+    assert table["FP8 - bf16"].idxmin() == "Winogrande"
+    assert table.loc["Winogrande", "FP8 - bf16"] == -0.71
+    assert table["shots"].dropna().to_list() == [5, 25, 5, 10, 5, 0]
+
+
+def test_the_card_of_the_base_is_told_topic_by_topic():
+    table = ledger.card_table()
+    for topic, word in (("Training data", "9.8 trillion"), ("Other languages", "8 %"),
+                        ("Safety training", "DPO"), ("Red-teaming", "jailbreaks"),
+                        ("Code", "Python"), ("Facts", "retrieval"),
+                        ("Asked of deployers: disclosure", "AI system"),
+                        ("Asked of deployers: filters", "classifiers")):
+        assert word in table.loc[topic, "what it says"]
+
+
+def test_what_is_no_measurement_of_both_arms_stays_out_of_the_comparisons():
+    compared = [row for row in ROWS if row["experiment"] in ("gsm8k", "throughput")]
+    assert len(ledger.published_table()) == len(compared) == 8
+    assert {row["arm"] for row in compared} == {"bf16", "fp8"}
+    assert len(report.measured_beside_published([])) == 8
 
 
 def test_lm_eval_has_the_tasks_that_the_readme_names():

@@ -49,6 +49,13 @@ def test_other_rows_shots_or_tasks_are_other_work(tmp_path, change):
     assert verdicts(rows)["verdict"] == "not measured here"
 
 
+@pytest.mark.parametrize("value, verdict", [(0.9067, "agrees"), (0.80, "differs")])
+def test_red_hats_full_run_is_compared_in_spite_of_its_longer_context(tmp_path, value, verdict):
+    rows = [row(tmp_path, work=GSM8K | {"limit": 1319},
+                **{"strict-match": value, "flexible-extract": 0.0})]
+    assert verdicts(rows, source="GSM8K accuracy, fp8, full test set")["verdict"] == verdict
+
+
 def test_of_another_experiment_the_rows_of_the_claims_own_number_are_shown(tmp_path):
     rows = [row(tmp_path, model=models.tiny(), work={"task": "tiny_gsm8k", "limit": limit},
                 **{"strict-match": value, "flexible-extract": value})
