@@ -6,7 +6,7 @@ Every figure on the card is a row of the ledger. What the ledger lacks, the card
 
 from pathlib import Path
 
-from helpers import WorkbookError, ledger, stats, workspace
+from helpers import WorkbookError, ledger, serving, stats, workspace
 from helpers.models import Profile
 
 NOT_MEASURED = "not measured"
@@ -23,12 +23,16 @@ PATHS = """| hardware | what vLLM computes |
 | 7.5 to 8.8 (Turing, Ampere) | FP8 weights, 16-bit activations (W8A16) |
 
 On Turing and Ampere `--linear-backend marlin` asks for Marlin's kernels by name; without it vLLM
-0.32 takes another package's (Humming) where that is installed."""
+0.32 takes those of another package, Humming, which is part of its stock environment for GPUs. On
+newer GPUs leave it out: Marlin would keep the activations in 16 bits there, too."""
 LIMITS = """Quantization changes how weights are stored, and not what the base model was made for.
-Read the base model's own card: {link}. For Phi-4 that means mainly English text, reasoning and
-question answering where memory or latency is short; it is no source of facts without retrieval,
-and no basis for decisions about people without a further assessment. It can be wrong, biased or
-offensive with confidence. FP8 may change rare behaviours that the benchmarks above do not touch:
+Read the base model's own card: {link}. Phi-4's says: mainly English text (other languages are
+about 8 % of its training data), reasoning and question answering where memory or latency is short.
+It can be wrong, biased or offensive with confidence, in spite of its safety training. It is no
+source of facts: ground its answers in documents (retrieval). Its code is mostly Python with common
+packages: verify any other by hand. It is no basis for decisions about people, or in law or health,
+without a further assessment. Tell users that they are talking to an AI system, and filter what it
+writes for the use at hand. FP8 may change rare behaviours that the benchmarks above do not touch:
 test the checkpoint that you deploy, not its base."""
 
 
@@ -93,9 +97,11 @@ and the embeddings stay in bf16. {size}
 
 ```
 vllm serve {name} --max-model-len {profile.max_model_len}
+vllm serve {name} --max-model-len {profile.max_model_len} {' '.join(serving.MARLIN)}
 ```
 
-No FP8 flag is needed; the scheme is in `config.json`, and the hardware decides the arithmetic:
+No FP8 flag is needed; the scheme is in `config.json`, and the hardware decides the arithmetic. The
+second line is for Turing and Ampere:
 
 {PATHS}
 

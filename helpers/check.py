@@ -113,6 +113,18 @@ def h100_expected(answer) -> None:
     _say(answer, _near(value, 0.02), "The ceiling is 3350 / 14.66 tokens/s; take 67 % of it.")
 
 
+def red_hats_advice(answer) -> None:
+    """Notebook 07: the most GPUs for one layer, up to 8, and the longest context, up to 32,768."""
+    from helpers import deployment
+
+    phi4 = _phi4()
+    value = (max(n for n in deployment.tensor_parallel_sizes(phi4) if n <= 8),
+             min(phi4["max_position_embeddings"], 32768))
+    _say(answer, lambda pair: tuple(pair) == value,
+         "What must divide over the GPUs: 40 heads, 10 KV heads, 100,352 rows of lm_head. The "
+         "context's limit is in the table of notebook 01.")
+
+
 def same_work(answer) -> None:
     """Notebook 07: which measurements may stand beside the published one."""
     _say(answer, lambda letters: set(letters) == {"a"},

@@ -25,6 +25,7 @@ class Deployment:
     max_model_len: int
     nbytes: int  # of weights, for the disk that a platform is asked for
     gpus: int = 1
+    flags: tuple[str, ...] = ()  # more of vLLM's own; `serving.MARLIN` for a Turing or Ampere GPU
 
     @property
     def directory(self) -> Path | None:
@@ -33,13 +34,17 @@ class Deployment:
 
 
 def tensor_parallel_sizes(config: dict) -> list[int]:
-    """The GPU counts that one layer of this config can be divided over.
+    """The GPU counts that one layer of this config can be divided over, in vLLM 0.32.
 
-    Query heads are dealt out evenly; KV heads too, or each is copied to the same number of GPUs.
-    Source: vLLM's `ModelConfig.verify_with_parallel_config` and `QKVParallelLinear`.
+    Query heads are dealt out evenly; KV heads too, or each is copied to the same number of GPUs;
+    and so are the rows of the embedding and of lm_head, padded to a multiple of 64.
+    Source: vLLM's `ModelConfig.verify_with_parallel_config`, `LlamaAttention` (Phi-4's class is
+    built on it) and `VocabParallelEmbedding`; a test builds Phi-4 with each.
     """
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    return [n for n in range(1, kv_heads + 1) if heads % n == 0 and kv_heads % n == 0]
+    vocabulary = -(-config["vocab_size"] // 64) * 64
+    return [n for n in range(1, heads + 1) if heads % n == 0 and vocabulary % n == 0
+            and (kv_heads % n == 0 or n % kv_heads == 0)]
 
 
 def arguments(deployment: Deployment) -> list[str]:
@@ -48,7 +53,7 @@ def arguments(deployment: Deployment) -> list[str]:
     flags = ["--served-model-name", deployment.name, "--max-model-len",
              str(deployment.max_model_len), "--host", "0.0.0.0", "--port", str(PORT)]
     parallel = ["--tensor-parallel-size", str(deployment.gpus)] if deployment.gpus > 1 else []
-    return [model, *flags, *parallel]
+    return [model, *flags, *parallel, *deployment.flags]
 
 
 def docker_run(deployment: Deployment) -> str:
@@ -100,13 +105,13 @@ def runpod_template(deployment: Deployment) -> str:
         "isPublic": False, "isServerless": False}, indent=2)
 
 
-def beyond_one_gpu(model: str) -> dict[str, list[list[str]]]:
+def beyond_one_gpu(model: str, flags: tuple[str, ...] = ()) -> dict[str, list[list[str]]]:
     """Commands for 2 GPUs, 8 GPUs and 2 nodes of 8: by title, one list of arguments per machine.
 
-    Phi-4's 10 KV heads divide over 2 and 5 GPUs, and not over 8; so 8 GPUs are 2 (tensor) times 4
-    (pipeline), or replicas behind one endpoint (data).
+    Phi-4 divides over 2 GPUs and no more (`tensor_parallel_sizes`); so 8 GPUs are 2 (tensor) times
+    4 (pipeline), or replicas behind one endpoint (data). `flags`: as in `Deployment`.
     """
-    serve = ["vllm", "serve", model]
+    serve = ["vllm", "serve", model, *flags]
     eight = ["--tensor-parallel-size", "2", "--pipeline-parallel-size", "4"]
     replicas = ["--tensor-parallel-size", "2", "--data-parallel-size", "8",
                 "--data-parallel-size-local", "4", "--data-parallel-address", "10.0.0.1",

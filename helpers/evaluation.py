@@ -96,9 +96,11 @@ def lm_eval_arguments(server, profile, limit: int | None = 100, *, num_fewshot: 
                       chat: bool = False) -> dict:
     """Keyword arguments for `lm_eval.simple_evaluate` against a running `VllmServer`.
 
-    The defaults are the model card's protocol: 100 rows (`limit=None` takes all), 5-shot, greedy,
-    256 new tokens, no BOS, the plain few-shot form. The prompts are tokenized here with the
-    server's own tokenizer and sent as token ids. No key is in them: see `watched`.
+    The defaults are our baseline. The published model card states 100 rows (here the first;
+    `limit=None` takes all) and 5-shot; greedy is the task's own. 256 new tokens, no BOS and the
+    plain few-shot form are lm-eval's defaults, of which the card says nothing. The prompts are
+    tokenized here with the server's own tokenizer and sent as token ids. No key is in them: see
+    `watched`.
     """
     name, manager = task(profile)
     arguments = {

@@ -42,6 +42,13 @@ def test_an_empty_ledger_makes_a_card_without_a_figure():
     assert "model-index" not in text
 
 
+def test_the_card_serves_ampere_with_marlin_and_repeats_what_the_base_asks_of_deployers():
+    text = str(card.model_card(models.PHI4, []))
+    assert "--linear-backend marlin\n```" in text and "Humming" in text
+    for asked in ("8 % of its training data", "retrieval", "Python", "AI system", "filter"):
+        assert asked in text
+
+
 def test_other_models_figures_stay_off_the_card(tmp_path):
     text = str(card.model_card(models.PHI4_MINI, rows(tmp_path)))
     assert "0.9000" not in text and card.NOT_MEASURED in text

@@ -24,6 +24,14 @@ def own(tiny_base):
 FROM_HUB = deployment.Deployment("me/phi-4-fp8", "phi-4-fp8", 16384, 15_691_827_200, gpus=2)
 
 
+def in_serving(script: str, arguments: list[str]) -> dict:
+    done = subprocess.run(
+        [serving.serve_python(), REPO / "tests" / "serve_side" / script, *arguments], text=True,
+        capture_output=True, env=os.environ | serving.ENVIRONMENT, cwd=REPO)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def ask_vllm(commands: list[list[str]]) -> list[dict]:
     environment = os.environ | serving.ENVIRONMENT
     done = subprocess.run(
@@ -71,8 +79,29 @@ def test_the_runpod_template_has_the_fields_of_its_api_and_room_for_the_weights(
     assert "RUNPOD_SECRET_" in template["env"]["VLLM_API_KEY"] and not template["isPublic"]
 
 
-def test_phi4_divides_over_1_2_5_and_10_gpus():
-    assert deployment.tensor_parallel_sizes(PHI4) == [1, 2, 5, 10]
+def test_phi4_divides_over_the_gpu_counts_that_vllm_builds_it_for():
+    sizes = deployment.tensor_parallel_sizes(PHI4)
+    assert sizes == [1, 2]
+    built = in_serving("build_parallel.py", [str(REPO / "data" / "phi4"), *map(str, range(1, 41))])
+    assert [n for n, refused in built.items() if not refused] == [str(n) for n in sizes], built
+    assert "100352 is not divisible by 5" in built["5"]  # heads and KV heads would divide
+
+
+def test_a_vocabulary_that_divides_leaves_the_heads_to_decide():
+    wider = PHI4 | {"vocab_size": 102_400}
+    assert deployment.tensor_parallel_sizes(wider) == [1, 2, 5, 10, 20, 40]
+
+
+def test_flags_of_ones_own_are_in_every_command():
+    marlin = tuple(serving.MARLIN)
+    served = deployment.Deployment("me/phi-4-fp8", "phi-4-fp8", 16384, 1, flags=marlin)
+    shown = [deployment.docker_run(served),
+             shlex.join(yaml.safe_load(deployment.compose(served))["services"]["vllm"]["command"]),
+             shlex.join(json.loads(deployment.runpod_template(served))["dockerStartCmd"])]
+    shown += [shlex.join(machine) for machines in
+              deployment.beyond_one_gpu("me/phi-4-fp8", marlin).values() for machine in machines]
+    assert all("--linear-backend marlin" in command for command in shown)
+    assert "marlin" not in deployment.docker_run(FROM_HUB)
 
 
 def test_vllms_own_parser_takes_every_command(own, tiny_base):
@@ -81,15 +110,17 @@ def test_vllms_own_parser_takes_every_command(own, tiny_base):
     commands = [[str(tiny_base), *deployment.arguments(own)[1:]]]
     for machines in deployment.beyond_one_gpu(phi4).values():
         commands += [machine[2:] for machine in machines if "--headless" not in machine]
-    commands += [[phi4, "--tensor-parallel-sise", "2"], [phi4, "--tensor-parallel-size", "3"]]
+    commands += [[phi4, "--tensor-parallel-sise", "2"], [phi4, "--tensor-parallel-size", "3"],
+                 [phi4, "--max-model-len", "32768"]]
     # the flags that a GPU gets, and those of tests/gpu
     on_gpu = [[phi4, *serving.default_flags(models.PHI4, SimpleNamespace(key=key, device="cuda")),
                *more] for key in ("gpu-w8a8", "gpu-w8a16") for more in ([], RANDOM)]
     answers = ask_vllm(commands + on_gpu)
-    *taken, misspelt, three = answers[:len(commands)]
+    *taken, misspelt, three, too_long = answers[:len(commands)]
     assert [each.get("max_model_len") for each in answers[len(commands):]] == [4096] * 4, answers
     assert "refused" in misspelt
     assert "(40) must be divisible by tensor parallel size (3)" in three["refused"]
+    assert "max_position_embeddings=16384" in too_long["refused"]  # Red Hat's card asks for it
     assert taken[0] == {"tp": 1, "pp": 1, "dp": 1, "host": "0.0.0.0", "port": 8000,
                         "max_model_len": 2048, "name": ["mine"]}
     over_ray = taken.pop()  # Ray is not part of the serving environment on a CPU

@@ -7,16 +7,20 @@ It asks the operating system for AMX. vLLM 0.32's attention kernel uses AMX tile
 and dies with SIGILL ("Worker proc died unexpectedly (exit code: -4)") when nothing before it did.
 
 It registers an FP8 linear kernel. For a checkpoint with one scale per output channel and dynamic
-per-token activations, vLLM 0.32 has only `ChannelWiseTorchFP8ScaledMMLinearKernel` on a CPU, which
-ends in oneDNN's reference loop: correct, and hundreds of times slower than bf16. Ours comes in two
-numerics, chosen by the environment variable PHI4_FP8_CPU_NUMERICS:
+per-token activations, vLLM 0.32 has a kernel for CPUs with AMX-FP8
+(`CPUFP8W8A8ScaledMMLinearKernel`; Diamond Rapids). Any other CPU gets
+`ChannelWiseTorchFP8ScaledMMLinearKernel`, which ends in oneDNN's reference loop: correct, and
+hundreds of times slower than bf16. Ours comes in two numerics, chosen by the environment variable
+PHI4_FP8_CPU_NUMERICS:
 
 w8a16   FP8 weights, 16-bit activations: what Marlin does on an Ampere GPU. The default. Where
         vLLM's own W8A16 GEMM is built in (AVX512-BF16, AMX), half the bytes of bf16 are read per
         token. On other CPUs, and for a layer that the GEMM does not take, the weights are unpacked
         to bf16 once, when they are loaded: the speed of bf16, and its memory.
-w8a8    FP8 weights, activations quantized to FP8 per token, exact products, float32 sums: what an
-        FP8 tensor core computes. For comparing answers; slower.
+w8a8    FP8 weights, activations quantized to FP8 per token, exact products, float32 sums. For
+        comparing answers; slower. A GPU multiplies the same codes and scales; the sums of Hopper's
+        FP8 tensor cores keep about 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2), and
+        vLLM's CUTLASS kernels leave them there (`...FP8FastAccum` schedules).
 
 Nothing of vLLM is patched: the kernel goes through `register_linear_kernel` and vLLM's kernel
 classes. Only its place in vLLM's list is changed, in `_register_kernel`.
@@ -37,9 +41,9 @@ reaches the attention first:
 The worker ends with "Worker proc died unexpectedly (exit code: -4)". `torch.cpu._init_amx()` at the
 worker's start cures it.
 
-Per-channel FP8 falls back to a reference loop. The only kernel for dynamic per-token activations
-and per-channel weights ends in `torch._scaled_mm`, for which oneDNN has no other implementation
-than `ref` on a CPU without AMX-FP8; ONEDNN_VERBOSE=1 names it:
+Per-channel FP8 falls back to a reference loop. Without AMX-FP8 the only kernel for dynamic
+per-token activations and per-channel weights ends in `torch._scaled_mm`, for which oneDNN then has
+no other implementation than `ref`; ONEDNN_VERBOSE=1 names it:
 
     import torch
     a, b = torch.randn(1, 5120), torch.randn(5120, 5120)
