@@ -69,9 +69,10 @@ def weight_error(name: str, original, rebuilt) -> None:
     axis.set_ylim(1e-2, 200)
     axis.set_xlabel("|weight| / its channel's amax")
     axis.set_ylabel("relative error, %")
-    axis.set_title("The step bounds the error until weights turn subnormal", loc="left")
-    plots.show(figure, f"Relative error of the weights of {name} against their magnitude: under "
-                       "6.2 % down to about 3e-5 of amax, larger below.")
+    axis.set_title("The grid's step bounds a weight's relative error", loc="left")
+    plots.show(figure, f"Relative error of the weights of {name} against their magnitude, with the "
+                       "bound of 6.2 % that holds down to 1/28,672 of amax, where codes turn "
+                       "subnormal.")
 
 
 def weights_on_grid(name: str, channel: int, original, codes, scale: float) -> None:
