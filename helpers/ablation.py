@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from helpers import checkpoint, fp8, stats
+from helpers.checkpoint import Checkpoint
 
 GROUP = 128  # of block scales: DeepSeek-V3, https://arxiv.org/abs/2412.19437, section 3.3
 TINY = 1e-12  # a row of zeros has a scale too
@@ -83,13 +84,13 @@ def sqnr(original, changed) -> float:
     return float(10 * torch.log10(original.square().sum() / (original - changed).square().sum()))
 
 
-def load(path):
-    """The checkpoint's model in float32 on the CPU, for inference, and its tokenizer."""
+def load(source: Checkpoint):
+    """A checkpoint's model in float32 on the CPU, for inference, and its tokenizer."""
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(source.path)
 
 
 def targets(model) -> list[str]:
@@ -166,14 +167,14 @@ def quantized(model, format: Format, weights: bool, activations: bool,
         (lambda _, x: rounded(x, format.grid, format.activations)) if activations else None)
 
 
-def w8(model, path, activations: bool):
-    """`applied` with the stored weights of the FP8 checkpoint `path`: W8A8 or W8A16.
+def w8(model, fp8: Checkpoint, activations: bool):
+    """`applied` with the stored weights of the checkpoint `fp8`: W8A8 or W8A16.
 
     With `activations`, every token's are rounded to E4M3 with a scale of its own.
     """
     def stored(name, _):
-        codes = checkpoint.read_tensor(path, f"{name}.weight")
-        return codes.float() * checkpoint.read_tensor(path, f"{name}.weight_scale").float()
+        codes = checkpoint.read_tensor(fp8, f"{name}.weight")
+        return codes.float() * checkpoint.read_tensor(fp8, f"{name}.weight_scale").float()
 
     return applied(model, targets(model), stored,
                    (lambda _, x: rounded(x, "e4m3")) if activations else None)

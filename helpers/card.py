@@ -4,9 +4,8 @@ Every figure on the card is a row of the ledger. What the ledger lacks, the card
 "not measured".
 """
 
-from pathlib import Path
-
 from helpers import WorkbookError, ledger, serving, stats, workspace
+from helpers.checkpoint import Checkpoint
 from helpers.models import Profile
 
 NOT_MEASURED = "not measured"
@@ -163,18 +162,19 @@ def _speed(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def to_be_published(checkpoint: Path) -> list[str]:
+def to_be_published(checkpoint: Checkpoint) -> list[str]:
     """The files that publishing would send: all of the checkpoint but its local manifest.
 
     Raises `WorkbookError` when the checkpoint is not whole, or has no card yet.
     """
-    workspace.verify(checkpoint)
-    names = sorted(str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*")
+    workspace.verify(checkpoint.path)
+    names = sorted(str(file.relative_to(checkpoint.path)) for file in checkpoint.path.rglob("*")
                    if file.is_file() and file.name != workspace.MANIFEST)
     return ["README.md", *names]
 
 
-def publish(checkpoint: Path, card, repo: str, really: bool = False, token: str | None = None):
+def publish(checkpoint: Checkpoint, card, repo: str, really: bool = False,
+            token: str | None = None):
     """Upload a checkpoint with its card to the Hugging Face hub; without `really`, a dry run.
 
     A dry run contacts nobody and returns the list of files. Returns the commit's address
@@ -192,5 +192,5 @@ def publish(checkpoint: Path, card, repo: str, really: bool = False, token: str 
 
     api = HfApi(token=token)
     api.create_repo(repo, exist_ok=True, private=True)
-    api.upload_folder(repo_id=repo, folder_path=checkpoint, allow_patterns=files[1:])
+    api.upload_folder(repo_id=repo, folder_path=checkpoint.path, allow_patterns=files[1:])
     return card.push_to_hub(repo, token=token)

@@ -1,95 +1,231 @@
-"""What is inside a safetensors checkpoint, and whether it is the one that was to be made.
+"""What is inside a checkpoint, a directory of safetensors, as a value that is verified once.
 
-A safetensors file begins with an 8-byte length and a JSON header that names every tensor, its
-type, shape and place (https://github.com/huggingface/safetensors#format). Sizes, censuses and
-predictions need headers only; no weight is loaded for them.
+Whoever needs a checkpoint is given a `Checkpoint`: its files have been hashed and its headers read
+when it was opened, by `verified`, and nobody does either again.
 """
 
+import contextlib
+import functools
+import hashlib
 import json
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from helpers import WorkbookError
+from helpers import WorkbookError, headers, workspace
+from helpers.headers import ITEM_BYTES, TensorInfo
 
-ITEM_BYTES = {"F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1, "BF16": 2, "F16": 2,
-              "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
 FP8_SUFFIX = ".weight_scale"
 # `model_free_ptq` sees names, not classes, so its ignore list has to spare the embedding too.
 EMBEDDING = "re:.*embed_tokens$"
-ROWS = 2048  # of a weight that verification holds in memory at once
 ROLES = ("embedding", "attention", "mlp", "norm", "scale", "lm_head")  # from input to output
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MADE_FROM = "made_from.json"  # what an `Origin` is kept in, inside the checkpoint
+ATTEMPTS = 3  # at opening a checkpoint that another process is replacing
+# What this workbook, Transformers and vLLM compute with.
+CONFIG_TYPES = {name: int for name in (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "vocab_size", "max_position_embeddings")} | {
+    "tie_word_embeddings": bool, "quantization_config": dict, "rope_parameters": dict}
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    """One tensor's header: `dtype` as safetensors names it, `nbytes` of data, its file's name."""
+class Origin:
+    """What a quantized checkpoint was made from.
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    file: str = ""
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What `verify_fp8` found to be true of a checkpoint."""
-
-    quantized: int  # modules stored as F8_E4M3 with a scale
-    ignored: tuple[str, ...]  # Linear modules left in the base's type
-    copied: int  # other tensors, of the base's type and shape
-    predicted_bytes: int
-    actual_bytes: int
-    worst_step: float  # largest |rebuilt - base| in units of half an E4M3 step
-
-    def __repr__(self) -> str:
-        return (f"{self.quantized} modules in F8_E4M3, each with one scale per output channel\n"
-                f"left alone: {', '.join(self.ignored)}; {self.copied} tensors copied\n"
-                f"{self.actual_bytes:,} bytes, predicted {self.predicted_bytes:,}\n"
-                f"largest weight error: {self.worst_step:.3f} of half a step of its grid")
-
-
-def read_header(file: Path) -> list[TensorInfo]:
-    """The tensors of one safetensors file; the file's length is held to what the header says.
-
-    Raises `WorkbookError` when the file is truncated, too long, or no safetensors file.
+    `base`: the base's fingerprint; `recipe`: as `helpers.quantize` reads it from config.json;
+    `versions`: of the libraries that made it, by name.
     """
-    size = file.stat().st_size
-    try:
-        with open(file, "rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            if length > min(size, 100_000_000):  # the format's own limit on a header
-                raise ValueError("the header's length is out of range")
-            header = json.loads(handle.read(length))
-        entries = {n: e for n, e in header.items() if n != "__metadata__"}
-        found = [TensorInfo(name, e["dtype"], tuple(e["shape"]),
-                            e["data_offsets"][1] - e["data_offsets"][0], file.name)
-                 for name, e in entries.items()]
-        end = 8 + length + max((e["data_offsets"][1] for e in entries.values()), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+
+    base: str
+    recipe: dict = field(hash=False)
+    versions: dict[str, str] = field(hash=False)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory of safetensors that was verified when it was opened, by `verified`.
+
+    `fingerprint`: one SHA-256 for every byte that a loader reads; `tensors`: the census of its
+    headers; `config`: config.json; `made_from`: None where the directory does not say.
+    """
+
+    path: Path
+    fingerprint: str
+    tensors: tuple[TensorInfo, ...] = field(repr=False)
+    config: dict = field(repr=False, hash=False)
+    made_from: Origin | None = field(default=None, repr=False)
+    files: tuple = field(default=(), repr=False, compare=False)  # as they were when it was opened
+
+    @property
+    def name(self) -> str:
+        """The directory's name."""
+        return self.path.name
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, TensorInfo]:
+        """The census, by the tensors' names."""
+        return {tensor.name: tensor for tensor in self.tensors}
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor.
+
+        Raises `WorkbookError` when no tensor has this name, or when the checkpoint has been
+        replaced since it was opened.
+        """
+        if name not in self.by_name:
+            raise WorkbookError(f"There is no tensor {name} in {self.name}.",
+                                "Names are those of the checkpoint's header.",
+                                "Look at the checkpoint's `tensors` for the names there are.")
+        self.require_unchanged()
+        return self.path / self.by_name[name].file
+
+    def require_unchanged(self) -> None:
+        """Raise `WorkbookError` if the files are not those that were opened and verified."""
+        if _files(self.path) != self.files:
+            raise WorkbookError(
+                f"{self.name} has been replaced since it was opened.",
+                "Another notebook made it again, or its files were changed; what was read of it "
+                "and what would be read now may not belong together.",
+                "Run this notebook again from its first cell.")
+
+
+def verified(path: Path) -> Checkpoint:
+    """Open the directory `path` and verify it, once; what it returns is handed on.
+
+    Checked: a config.json of the right types, whole safetensors, no pickled weights, and every
+    file's SHA-256 where there is a manifest. Raises `WorkbookError` that names what is wrong.
+    """
+    return _opened(Path(path).absolute(), check_sums=True)
+
+
+def finished(path: Path) -> Checkpoint:
+    """`verified`, of a directory that must have a manifest, as all have that are made here."""
+    if workspace.read_manifest(path) is None:
+        workspace.verify(path)  # says that it was never finished
+    return verified(path)
+
+
+def just_written(path: Path) -> Checkpoint:
+    """Open a directory that this process has just finished, and whose sums it took by doing so."""
+    return _opened(path.absolute(), check_sums=False)
+
+
+def _opened(path: Path, check_sums: bool) -> Checkpoint:
+    for _ in range(ATTEMPTS):
+        files = _files(path)
+        try:
+            found = _read(path, files, check_sums)
+        except (WorkbookError, OSError):
+            if _files(path) == files:
+                raise
+        else:
+            if _files(path) == files:
+                return found
+    raise WorkbookError(f"{path.name} is being written by another process.",
+                        "Its files changed while they were read.",
+                        "Wait until it is done, and run this again.")
+
+
+def _files(path: Path) -> tuple:
+    """Name, inode, size and time of config.json and the weights: other ones, another tuple."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # a moment before it is there
+        for file in sorted((path / "config.json", *path.glob("*.safetensors"))):
+            stat = file.stat()
+            found.append((file.name, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return tuple(found)
+
+
+def _read(path: Path, files: tuple, check_sums: bool) -> Checkpoint:
+    config = read_config(path)
+    pickles = sorted(f.name for f in path.iterdir() if f.suffix in PICKLES)
+    if pickles:
         raise WorkbookError(
-            f"{file.name} is not a readable safetensors file ({error}).",
-            "It was cut off at its beginning, damaged, or is another kind of file.",
-            f"Delete {file} and fetch or make it again.") from None
-    wrong = [t.name for t in found if t.nbytes != prod(t.shape) * ITEM_BYTES.get(t.dtype, -1)]
-    if end != size or wrong:
-        what = f"has {size:,} bytes, its header announces {end:,}" if end != size else (
-            f"announces a size that does not fit the shape of {wrong[0]}")
-        raise WorkbookError(f"{file.name} {what}.", "The file was truncated or damaged.",
-                            f"Delete {file} and fetch or make it again.")
+            f"{path}: it holds pickled weights ({', '.join(pickles)}).",
+            "A pickle can run any code when it is opened, so none is opened here.",
+            "Convert the model to safetensors and remove the pickles.")
+    tensors = tuple(census(path))
+    if check_sums and workspace.read_manifest(path) is not None:
+        workspace.verify(path)
+    return Checkpoint(path, fingerprint(path), tensors, config, _origin(path), files)
+
+
+def read_config(path: Path) -> dict:
+    """A model directory's config.json.
+
+    Raises `WorkbookError` when it is none: not there, no JSON, without `model_type`, or with a
+    value of the wrong type where this workbook computes with it.
+    """
+    try:
+        config = workspace.read_json(path / "config.json")
+    except WorkbookError as error:
+        raise WorkbookError(error.what, "Without it nobody knows what the weights are for.",
+                            "Name a directory as Transformers' save_pretrained writes it."
+                            ) from None
+    if not isinstance(config.get("model_type"), str):
+        raise WorkbookError(f"{path}: config.json names no model_type.",
+                            "It is not a Transformers model.",
+                            "Name a directory as Transformers' save_pretrained writes it.")
+    for name, kind in CONFIG_TYPES.items():
+        value = config.get(name)
+        if value is not None and (type(value) is not kind or kind is int and value <= 0):
+            raise WorkbookError(
+                f"{path}: config.json has {name} {value!r}, and it should be "
+                f"{'a positive integer' if kind is int else f'a {kind.__name__}'}.",
+                "It was edited or damaged; nothing computed from it would be right.",
+                "Correct it, or fetch the model again.")
+    return config
+
+
+def _origin(path: Path) -> Origin | None:
+    """What the directory says it was made from; None where it says nothing readable."""
+    try:
+        return Origin(**workspace.read_json(path / MADE_FROM))
+    except (WorkbookError, TypeError):
+        return None
+
+
+def fingerprint(directory: Path) -> str:
+    """One SHA-256 for all that a loader reads of a directory: of its manifest, or of its sums.
+
+    A directory without a manifest gets its sums from `sums`.
+    """
+    found = workspace.read_manifest(directory)
+    return hashlib.sha256(json.dumps(sums(directory) if found is None else found,
+                                     sort_keys=True).encode()).hexdigest()
+
+
+def sums(directory: Path) -> dict[str, str]:
+    """What tells the content of each file that a loader reads, by name.
+
+    In the hub's cache a file is a link to a blob that is named by its content's sum, which
+    `helpers.hub` checked when it was fetched. Any other file's SHA-256 is taken, once: the
+    workspace keeps it with the file's place, size, inode and both of its times, the second of which
+    no program can set back.
+    """
+    cache = workspace.root() / "sums.json"
+    try:
+        known = workspace.read_json(cache)
+    except WorkbookError:
+        known = {}
+    found, new = {}, {}
+    for file in sorted(directory.iterdir()):
+        if file.suffix not in workspace.LOADED and not file.name.startswith("tokenizer"):
+            continue
+        blob = file.resolve()
+        if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", blob.name):
+            found[file.name] = blob.name
+            continue
+        stat = blob.stat()
+        key = (f"{blob} {stat.st_size} {stat.st_dev} {stat.st_ino} {stat.st_mtime_ns} "
+               f"{stat.st_ctime_ns}")
+        found[file.name] = new[key] = known.get(key) or workspace.sha256(blob)
+    if not new.keys() <= known.keys():
+        workspace.write_json(cache, known | new)
     return found
-
-
-def data_offsets(file: Path) -> dict[str, int]:
-    """Where each tensor's data begins in a safetensors file, in bytes from the file's start."""
-    with open(file, "rb") as handle:
-        (length,) = struct.unpack("<Q", handle.read(8))
-        header = json.loads(handle.read(length))
-    return {name: 8 + length + entry["data_offsets"][0]
-            for name, entry in header.items() if name != "__metadata__"}
 
 
 def census(path: Path) -> list[TensorInfo]:
@@ -103,10 +239,13 @@ def census(path: Path) -> list[TensorInfo]:
     placed = None
     if index.is_file():
         try:
-            placed = json.loads(index.read_text())["weight_map"]
+            placed = workspace.read_json(index)["weight_map"]
             files = sorted({path / name for name in placed.values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WorkbookError(f"{index.name} of {path.name} is no index of shards ({error}).",
+            if any(file.parent != path for file in files):
+                raise ValueError("it names a file outside of the folder")
+        except (WorkbookError, ValueError, KeyError, TypeError, AttributeError) as error:
+            why = error.what if isinstance(error, WorkbookError) else error
+            raise WorkbookError(f"{index.name} of {path.name} is no index of shards ({why}).",
                                 "Which file holds which tensor cannot be known.",
                                 "Fetch or make the checkpoint again.") from None
         missing = [file.name for file in files if not file.is_file()]
@@ -118,7 +257,7 @@ def census(path: Path) -> list[TensorInfo]:
         raise WorkbookError(f"There are no safetensors in {path}.",
                             "It is not a checkpoint that this workbook can read.",
                             "Name a directory that holds config.json and *.safetensors.")
-    tensors = [tensor for file in files for tensor in read_header(file)]
+    tensors = [tensor for file in files for tensor in headers.read(file)]
     if placed is not None and placed != {t.name: t.file for t in tensors}:
         odd = sorted(set(placed.items()) ^ {(t.name, t.file) for t in tensors})[0]
         raise WorkbookError(f"{path.name}: the index and the shards disagree on {odd[0]} "
@@ -127,17 +266,17 @@ def census(path: Path) -> list[TensorInfo]:
     return tensors
 
 
-def total_bytes(tensors: list[TensorInfo]) -> int:
+def total_bytes(tensors: Iterable[TensorInfo]) -> int:
     """Bytes of tensor data, headers not counted."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def by_dtype(tensors: list[TensorInfo]):
+def by_dtype(tensors: Sequence[TensorInfo]):
     """A DataFrame by safetensors type: tensors, parameters, bytes, share of the bytes in %."""
     return _grouped(tensors, lambda tensor: tensor.dtype, "dtype")
 
 
-def by_role(tensors: list[TensorInfo]):
+def by_role(tensors: Sequence[TensorInfo]):
     """A DataFrame by what tensors are for, in the order of `ROLES`; columns as in `by_dtype`."""
     table = _grouped(tensors, role, "role")
     return table.loc[[each for each in ROLES if each in table.index]]
@@ -155,7 +294,7 @@ def role(tensor: TensorInfo) -> str:
     return "norm"
 
 
-def _grouped(tensors, key, title):
+def _grouped(tensors: Sequence[TensorInfo], key: Callable, title: str):
     import pandas as pd
 
     rows = [{title: key(t), "tensors": 1, "parameters": prod(t.shape), "bytes": t.nbytes}
@@ -165,23 +304,18 @@ def _grouped(tensors, key, title):
     return table
 
 
-def read_tensor(path: Path, name: str):
-    """One tensor of the checkpoint directory `path`, alone in memory.
+def read_tensor(model: Checkpoint, name: str):
+    """One tensor of a checkpoint, alone in memory.
 
     Raises `WorkbookError` when no tensor has this name.
     """
     from safetensors import safe_open
 
-    for tensor in census(path):
-        if tensor.name == name:
-            with safe_open(path / tensor.file, "pt") as shard:
-                return shard.get_tensor(name)
-    raise WorkbookError(f"There is no tensor {name} in {path.name}.",
-                        "Names are those of the checkpoint's header.",
-                        "Look at checkpoint.census(path) for the names there are.")
+    with safe_open(model.file(name), "pt") as shard:
+        return shard.get_tensor(name)
 
 
-def linears(tensors: list[TensorInfo]) -> list[str]:
+def linears(tensors: Sequence[TensorInfo]) -> list[str]:
     """The modules that FP8_DYNAMIC quantizes: Linear layers but lm_head, in the file's order."""
     return [t.name.removesuffix(".weight") for t in tensors
             if _is_linear(t) and role(t) != "lm_head"]
@@ -192,7 +326,8 @@ def _is_linear(tensor: TensorInfo) -> bool:
             and role(tensor) not in ("embedding", "scale"))
 
 
-def predict_fp8(base: list[TensorInfo], ignore: tuple[str, ...] = ("lm_head",)) -> list[TensorInfo]:
+def predict_fp8(base: Sequence[TensorInfo],
+                ignore: tuple[str, ...] = ("lm_head",)) -> list[TensorInfo]:
     """The tensors that FP8_DYNAMIC makes of a 16-bit base checkpoint.
 
     A Linear weight [out, in] becomes F8_E4M3 of that shape, with a scale [out, 1] in the base's
@@ -210,94 +345,3 @@ def predict_fp8(base: list[TensorInfo], ignore: tuple[str, ...] = ("lm_head",)) 
         predicted.append(TensorInfo(f"{module}{FP8_SUFFIX}", tensor.dtype, (out, 1),
                                     out * ITEM_BYTES[tensor.dtype], tensor.file))
     return predicted
-
-
-def verify_fp8(base: Path, fp8: Path, ignore: tuple[str, ...] = ("lm_head",)) -> Verification:
-    """Hold every tensor of an FP8 checkpoint to the prediction made from its base.
-
-    Compared: names, types, shapes, total bytes, `quantization_config`; scales finite and positive;
-    copied tensors equal; every weight rebuilt to within 17/16 of half a step of its E4M3 grid.
-    Raises `WorkbookError` that lists each disagreement. `ROWS` rows at a time are in memory.
-    """
-    before, actual = census(base), census(fp8)
-    predicted = predict_fp8(before, ignore)
-    wrong = _disagreements(predicted, actual) + _config_disagreements(fp8, ignore)
-    worst = 0.0
-    if not wrong:
-        quantized = {t.name for t in predicted if t.dtype == "F8_E4M3"}
-        for tensor in before:
-            if tensor.name in quantized:
-                steps = _half_steps(base, fp8, tensor.name)
-                worst = max(worst, steps)
-                # LLM Compressor divides in bf16 and then rounds to E4M3. The first rounding moves a
-                # value by up to 2^-9 of it, a sixteenth of half a step, before the second does.
-                if steps > 1 + 2**-4:
-                    wrong.append(f"{tensor.name} is off by {steps:.2f} half steps, or its scale is")
-            elif not _equal(base, fp8, tensor.name):
-                wrong.append(f"{tensor.name} is not the base's")
-    if wrong:
-        raise WorkbookError(
-            f"{fp8.name} is not the FP8_DYNAMIC checkpoint of {base.name}: {'; '.join(wrong[:8])}"
-            + (f"; and {len(wrong) - 8} more." if len(wrong) > 8 else "."),
-            "It was made from another model or by another recipe, or it is damaged.",
-            f"Delete the folder {fp8} and run notebook 02 again.")
-    return Verification(
-        quantized=sum(t.dtype == "F8_E4M3" for t in actual),
-        ignored=tuple(m for m in ignore if any(t.name == f"{m}.weight" for t in actual)),
-        copied=sum(t.dtype != "F8_E4M3" and not t.name.endswith(FP8_SUFFIX) for t in actual),
-        predicted_bytes=total_bytes(predicted), actual_bytes=total_bytes(actual), worst_step=worst)
-
-
-def _disagreements(predicted: list[TensorInfo], actual: list[TensorInfo]) -> list[str]:
-    want = {t.name: (t.dtype, t.shape) for t in predicted}
-    have = {t.name: (t.dtype, t.shape) for t in actual}
-    wrong = [f"{name} is missing" for name in want if name not in have]
-    wrong += [f"{name} is not expected" for name in have if name not in want]
-    return wrong + [f"{name} is {have[name]}, expected {want[name]}"
-                    for name in want if name in have and have[name] != want[name]]
-
-
-def _config_disagreements(fp8: Path, ignore: tuple[str, ...]) -> list[str]:
-    config = json.loads((fp8 / "config.json").read_text()).get("quantization_config")
-    if config is None:
-        return ["config.json has no quantization_config"]
-    named = sorted(set(config["ignore"]) - {EMBEDDING})
-    wrong = [] if named == sorted(ignore) else [f"config.json ignores {config['ignore']}"]
-    if config.get("format") != "float-quantized":
-        wrong.append(f"the format is {config.get('format')}, expected float-quantized")
-    return wrong
-
-
-def _half_steps(base: Path, fp8: Path, name: str) -> float:
-    """The largest |rebuilt - base| of a weight, in halves of the E4M3 step at the base's value."""
-    import torch
-
-    scales = read_tensor(fp8, name.removesuffix(".weight") + FP8_SUFFIX).float()
-    if not (torch.isfinite(scales).all() and (scales > 0).all()):
-        return float("inf")
-    worst = 0.0
-    for weight, codes, scale in zip(_rows(base, name), _rows(fp8, name), scales.split(ROWS),
-                                    strict=True):
-        ratio = weight.float() / scale
-        error = (codes.float() - ratio).abs()
-        exponent = torch.frexp(ratio.abs().clamp_min(2.0**-6))[1] - 1
-        steps = (error / torch.exp2(exponent - 4)).max().item()
-        worst = max(worst, steps if steps == steps else float("inf"))  # NaN: a code or a weight is
-    return worst
-
-
-def _equal(base: Path, fp8: Path, name: str) -> bool:
-    import torch
-
-    return all(map(torch.equal, _rows(base, name), _rows(fp8, name)))
-
-
-def _rows(path: Path, name: str) -> Iterator:
-    """A tensor of the checkpoint directory `path`, `ROWS` of its rows at a time."""
-    from safetensors import safe_open
-
-    tensor = next(t for t in census(path) if t.name == name)
-    for first in range(0, tensor.shape[0], ROWS):
-        # Opened anew each time: an open file keeps all that was read of it in this process.
-        with safe_open(path / tensor.file, "pt") as shard:
-            yield shard.get_slice(name)[first:first + ROWS]

@@ -3,10 +3,10 @@
 `Course` makes what a notebook needs and does not find, so that any of them can be opened first.
 """
 
+import functools
 import json
 import textwrap
 from dataclasses import dataclass
-from pathlib import Path
 
 from helpers import (
     evaluation,
@@ -19,6 +19,7 @@ from helpers import (
     throughput,
     workspace,
 )
+from helpers.checkpoint import Checkpoint
 from helpers.hardware import Machine, ServingMode
 from helpers.models import Profile
 
@@ -33,15 +34,23 @@ class Course:
     mode: ServingMode
     profile: Profile
 
-    def base(self) -> Path:
-        """The base model's directory, fetched and checked."""
+    def base(self) -> Checkpoint:
+        """The base model's checkpoint, fetched and verified the first time it is asked for."""
+        return self._base
+
+    def fp8(self) -> Checkpoint:
+        """The FP8 checkpoint, made if it is not there, verified the first time it is asked for."""
+        return self._fp8
+
+    @functools.cached_property
+    def _base(self) -> Checkpoint:
         return hub.obtain(self.profile)
 
-    def fp8(self) -> Path:
-        """The FP8 checkpoint's directory, made and verified if it is not there."""
-        return quantize.fp8_checkpoint(self.profile, self.base())
+    @functools.cached_property
+    def _fp8(self) -> Checkpoint:
+        return quantize.fp8_checkpoint(self.profile, self._base)
 
-    def arms(self) -> dict[str, Path]:
+    def arms(self) -> dict[str, Checkpoint]:
         """What is served and measured here: "bf16" and "fp8", or FP8 alone where bf16 is too large.
         """
         every = {"bf16": self.base(), "fp8": self.fp8()}
@@ -80,14 +89,13 @@ class Course:
         ]
         return pd.DataFrame(rows, columns=["notebook", "writes to disk", "weights in memory"])
 
-    def record(self, experiment: str, arm: str, checkpoint: Path, work: dict, metrics: dict,
+    def record(self, experiment: str, arm: str, checkpoint: Checkpoint, work: dict, metrics: dict,
                kernel: str = "") -> None:
         """Append a result to the ledger with this course's model, serving mode and checkpoint."""
-        whole = workspace.is_whole(checkpoint)
         ledger.record(
             experiment, arm, work, metrics,
             model=models.model_info(self.profile), path=self.mode.key, kernel=kernel,
-            checkpoint=workspace.fingerprint(checkpoint) if whole else "",
+            checkpoint=checkpoint.fingerprint,
         )
 
     def measure_what_is_missing(self) -> None:
@@ -113,7 +121,7 @@ class Course:
                             **evaluation.ledger_row(scores[arm], scores.get("bf16")))
         return scores
 
-    def _measure_throughput(self, arms: dict[str, Path]) -> None:
+    def _measure_throughput(self, arms: dict[str, Checkpoint]) -> None:
         work = {1: throughput.benchmark_flags(OUTPUT_TOKENS, concurrency=1, prompts=1)}
         rounds = throughput.compare(arms, self.profile, self.mode, work, rounds=ROUNDS)
         for arm, model in arms.items():

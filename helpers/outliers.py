@@ -5,9 +5,9 @@ to `data/measured/outliers.json`, so that a notebook shows the second where it i
 """
 
 import json
-from pathlib import Path
 
 from helpers import ablation, checkpoint, workspace
+from helpers.checkpoint import Checkpoint
 
 MEASURED = workspace.data("measured", "outliers.json")
 
@@ -18,7 +18,7 @@ def text(tokenizer):
         return ablation.encoded(tokenizer, [json.loads(next(lines))])[0]
 
 
-def table(model, fp8: Path, ids):
+def table(model, fp8: Checkpoint, ids):
     """Largest over smallest, by module: a DataFrame, index module, in the model's order.
 
     "weight scales": the largest output channel's scale over the smallest's, from the FP8

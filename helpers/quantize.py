@@ -5,16 +5,33 @@ import io
 import os
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from helpers import WorkbookError, checkpoint, hardware, models, streaming, workspace
+from helpers import (
+    WorkbookError,
+    checkpoint,
+    hardware,
+    models,
+    streaming,
+    verification,
+    workspace,
+)
+from helpers.checkpoint import Checkpoint, Origin
 from helpers.hardware import Machine, serving_mode
 from helpers.models import Profile
 
 # Beside the weights and config, which save_pretrained writes.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "merges.txt",
                    "vocab.json", "LICENSE*")
+
+# FP8_DYNAMIC as `recipe_in` reads it from a config.json.
+RECIPE = {
+    "format": "float-quantized", "targets": ["Linear"], "ignore": ["lm_head"],
+    "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True,
+                "dynamic": False},
+    "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True,
+                          "dynamic": True}}
 
 # The bf16 weights, and what saving them needs besides: the codes are written beside the weights.
 ONESHOT_MEMORY = 1.6
@@ -47,32 +64,60 @@ def target(profile: Profile) -> Path:
     return workspace.root() / "checkpoints" / f"{profile.name}-fp8-dynamic"
 
 
-def fp8_checkpoint(profile: Profile, base: Path) -> Path:
+def fp8_checkpoint(profile: Profile, base: Checkpoint) -> Checkpoint:
     """The profile's finished FP8 checkpoint, made from `base` if it is not there.
 
-    One that is unfinished or damaged is said to be so, and made again.
+    One that is unfinished or damaged, or was made from another base, by another recipe or by other
+    versions of the libraries, is said to be so, and made again.
     """
     place = target(profile)
     if place.exists():
         try:
-            workspace.verify(place)
-            return place
+            found = checkpoint.finished(place)
+            other = _differences(found.made_from, origin(base, RECIPE))
+            if not other:
+                return found
+            print(f"{place.name} was made {other}. It is made again.")
         except WorkbookError as damage:
             print(f"{damage.what} It is made again.")
     print(f"Quantizing {profile.title} ({profile.bf16_bytes / 1e9:.2g} GB) to FP8 ...")
     way = route(base)
     print(way.why)
-    if way.streams:
-        stream(base, place)
-    else:
-        save(quantized(base), base, place)
-    checkpoint.verify_fp8(base, place)
-    return place
+    made = stream(base, place) if way.streams else save(quantized(base), base, place)
+    verification.verify_fp8(base, made)
+    return made
 
 
-def route(base: Path) -> Route:
+def origin(base: Checkpoint, recipe: dict) -> Origin:
+    """What a checkpoint made here and now of `base` by a recipe is made from."""
+    return Origin(base.fingerprint, recipe, streaming.versions())
+
+
+def _differences(found: Origin | None, wanted: Origin) -> str:
+    """From what else a checkpoint was made than it would be now; empty where from the same."""
+    if found is None:
+        return "from a base that it does not name"
+    said = [words for words, a, b in (
+        ("from another base", found.base, wanted.base),
+        ("by another recipe", found.recipe, wanted.recipe)) if a != b]
+    if found.versions != wanted.versions:
+        said.append("by " + ", ".join(f"{n} {v}" for n, v in found.versions.items()))
+    return " and ".join(said)
+
+
+def recipe_in(config: dict) -> dict:
+    """The recipe that a quantized checkpoint's config.json tells of, in the form of `RECIPE`."""
+    said = config.get("quantization_config") or {}
+    group = next(iter((said.get("config_groups") or {}).values()), {})
+    return {"format": said.get("format"), "targets": group.get("targets"),
+            "ignore": sorted(set(said.get("ignore") or ()) - {checkpoint.EMBEDDING}),
+            **{part: {key: (group.get(part) or {}).get(key) for key in RECIPE[part]}
+               for part in ("weights", "input_activations")}}
+
+
+def route(base: Checkpoint) -> Route:
     """Whether `oneshot` can hold the model of `base`, or its shards have to be streamed."""
-    return route_for(checkpoint.total_bytes(checkpoint.census(base)), hardware.detect())
+    return route_for(checkpoint.total_bytes(base.tensors), hardware.detect())
 
 
 def route_for(weights: int, machine: Machine) -> Route:
@@ -94,40 +139,42 @@ def route_for(weights: int, machine: Machine) -> Route:
                  f"{numbers}: the model fits, so it is loaded and quantized in place.")
 
 
-def stream(base: Path, place: Path) -> Path:
+def stream(base: Checkpoint, place: Path) -> Checkpoint:
     """Quantize `base` into `place` without loading the model; see `helpers.streaming`."""
     with quiet():
-        return streaming.stream(base, place, TOKENIZER_FILES)
+        return streaming.stream(base, place, TOKENIZER_FILES, origin(base, RECIPE))
 
 
-def quantized(base: Path):
+def quantized(base: Checkpoint):
     """The model of `base`, loaded in bf16 and quantized in place by `oneshot`."""
     import torch
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM
 
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.bfloat16)
         oneshot(model=model, recipe=recipe())
     return model
 
 
-def save(model, base: Path, place: Path) -> Path:
+def save(model, base: Checkpoint, place: Path) -> Checkpoint:
     """Write a model that `oneshot` has quantized, with the tokenizer of `base`, to `place`.
 
-    The directory appears whole, with its manifest, or not at all (`workspace.building`). Returns
-    `place`.
+    The directory appears whole, with its manifest and what it was made from, or not at all
+    (`workspace.building`).
     """
-    written = checkpoint.total_bytes(checkpoint.predict_fp8(checkpoint.census(base)))
+    written = checkpoint.total_bytes(checkpoint.predict_fp8(base.tensors))
     with workspace.building(place, needs_bytes=written) as partial:
         with quiet():
             model.save_pretrained(partial, save_compressed=True)
         for file in partial.glob("*.safetensors"):  # safetensors lets nobody but the owner read
             file.chmod(0o644)  # them, and a container serves as another user
         for pattern in TOKENIZER_FILES:
-            for file in base.glob(pattern):
+            for file in base.path.glob(pattern):
                 shutil.copyfile(file, partial / file.name)
-    return place
+        used = recipe_in(checkpoint.read_config(partial))
+        workspace.write_json(partial / checkpoint.MADE_FROM, asdict(origin(base, used)))
+    return checkpoint.just_written(place)
 
 
 @contextlib.contextmanager

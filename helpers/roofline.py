@@ -2,13 +2,14 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from helpers import WorkbookError, checkpoint, hardware, workspace
-from helpers.checkpoint import TensorInfo
 from helpers.hardware import Gpu, Machine
+from helpers.headers import TensorInfo
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ def load_config(directory: Path) -> dict:
 
     Transformers 5 writes `rope_parameters`; older configs have `rope_theta` at the top.
     """
-    config = json.loads((directory / "config.json").read_text())
-    config.setdefault("rope_theta", config.get("rope_parameters", {}).get("rope_theta"))
+    config = checkpoint.read_config(directory)
+    config.setdefault("rope_theta", (config.get("rope_parameters") or {}).get("rope_theta"))
     return config
 
 
@@ -54,7 +55,7 @@ def tensors(config: dict) -> list[TensorInfo]:
             for name, shape in shapes.items()]
 
 
-def bytes_per_token(census: list[TensorInfo]) -> int:
+def bytes_per_token(census: Sequence[TensorInfo]) -> int:
     """Bytes of weights read to decode one token of one stream.
 
     All but the input embedding, of which one row is taken; where no lm_head is stored the

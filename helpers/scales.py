@@ -5,9 +5,9 @@ than a small one.
 """
 
 import re
-from pathlib import Path
 
 from helpers import WorkbookError, checkpoint
+from helpers.checkpoint import Checkpoint
 from helpers.fp8 import upcast
 
 SLICE = 2**19  # weights worked on at once: 2 MB in float32 stay in the processor's cache
@@ -15,13 +15,13 @@ TINY = 1e-12  # a channel of zeros has no error to divide
 MAP_ROWS = 64  # output channels that a cell of the SQNR map is taken from
 
 
-def modules(fp8: Path) -> list[tuple[int, str, str]]:
+def modules(fp8: Checkpoint) -> list[tuple[int, str, str]]:
     """(layer, short name, full name) of every FP8 module of the checkpoint, in its order.
 
     Raises `WorkbookError` when the checkpoint is incomplete or holds no FP8 weight.
     """
     found = []
-    for tensor in checkpoint.census(fp8):
+    for tensor in fp8.tensors:
         match = re.fullmatch(r"(.*\.layers\.(\d+)\..*?([^.]+))\.weight", tensor.name)
         if match and tensor.dtype == "F8_E4M3":
             found.append((int(match[2]), match[3], match[1]))
@@ -32,7 +32,7 @@ def modules(fp8: Path) -> list[tuple[int, str, str]]:
     return found
 
 
-def of(fp8: Path, module: str):
+def of(fp8: Checkpoint, module: str):
     """The scales of a module's output channels: float32 [out].
 
     Raises `WorkbookError` when there is no such module, it is not FP8, it has one scale for the
@@ -40,8 +40,7 @@ def of(fp8: Path, module: str):
     """
     import torch
 
-    tensors = {tensor.name: tensor for tensor in checkpoint.census(fp8)}
-    weight, scale = (tensors.get(f"{module}.weight"), tensors.get(f"{module}.weight_scale"))
+    weight, scale = (fp8.by_name.get(f"{module}.{part}") for part in ("weight", "weight_scale"))
     if weight is None:
         raise WorkbookError(f"There is no module {module} in {fp8.name}.",
                             "Names are those of the checkpoint's header.",
@@ -66,35 +65,24 @@ def of(fp8: Path, module: str):
     return values
 
 
-def rows(path: Path, name: str, start: int, stop: int):
+def rows(model: Checkpoint, name: str, start: int, stop: int):
     """Rows start to stop of a tensor, float32; nothing else of it is read."""
     from safetensors import safe_open
 
-    with safe_open(_file(path, name), "pt") as shard:
+    with safe_open(model.file(name), "pt") as shard:
         return shard.get_slice(name)[start:stop].float()
 
 
-def _file(path: Path, name: str) -> Path:
-    """The shard that holds a tensor."""
-    file = next((t.file for t in checkpoint.census(path) if t.name == name), None)
-    if file is None:
-        raise WorkbookError(f"There is no tensor {name} in {path.name}.",
-                            "The two checkpoints are not of one model.",
-                            "Name the base that the FP8 checkpoint was made from.")
-    return path / file
-
-
-def require_one_model(base: Path, fp8: Path, name: str) -> None:
-    shapes = [next((t.shape for t in checkpoint.census(path) if t.name == name), None)
-              for path in (base, fp8)]
-    if None not in shapes and shapes[0] != shapes[1]:
+def require_one_model(base: Checkpoint, fp8: Checkpoint, name: str) -> None:
+    shapes = [model.by_name[name].shape for model in (base, fp8) if name in model.by_name]
+    if len(set(shapes)) > 1:
         raise WorkbookError(
             f"{name} is {list(shapes[0])} in {base.name} and {list(shapes[1])} in {fp8.name}.",
             "The two checkpoints are not of one model.",
             "Name the base that the FP8 checkpoint was made from.")
 
 
-def channel_error(base: Path, fp8: Path, module: str, channels: int | None = None):
+def channel_error(base: Checkpoint, fp8: Checkpoint, module: str, channels: int | None = None):
     """Squares of signal and of error by output channel: two float32 tensors [channels].
 
     `channels`: the first so many only; all when None.
@@ -106,7 +94,7 @@ def channel_error(base: Path, fp8: Path, module: str, channels: int | None = Non
     name = f"{module}.weight"
     require_one_model(base, fp8, name)
     signal, noise = torch.empty_like(scale), torch.empty_like(scale)
-    with (safe_open(_file(base, name), "pt") as before, safe_open(_file(fp8, name), "pt") as after):
+    with (safe_open(base.file(name), "pt") as before, safe_open(fp8.file(name), "pt") as after):
         original, codes = before.get_slice(name), after.get_slice(name)
         step = max(1, SLICE // codes.get_shape()[1])
         for start in range(0, len(scale), step):
@@ -118,13 +106,13 @@ def channel_error(base: Path, fp8: Path, module: str, channels: int | None = Non
     return signal, noise
 
 
-def relative_error(base: Path, fp8: Path, module: str):
+def relative_error(base: Checkpoint, fp8: Checkpoint, module: str):
     """Norm of the error over norm of the weights, by output channel: float32 tensor [out]."""
     signal, noise = channel_error(base, fp8, module)
     return (noise / signal.clamp_min(TINY)).sqrt()
 
 
-def spread_map(fp8: Path):
+def spread_map(fp8: Checkpoint):
     """Largest over smallest channel scale: a DataFrame, index layer, columns module."""
     def spread(module):
         values = of(fp8, module)
@@ -133,7 +121,7 @@ def spread_map(fp8: Path):
     return _map(fp8, spread)
 
 
-def sqnr_map(base: Path, fp8: Path):
+def sqnr_map(base: Checkpoint, fp8: Checkpoint):
     """SQNR in dB of the first `MAP_ROWS` channels: a DataFrame, index layer, columns module."""
     import torch
 
@@ -144,7 +132,7 @@ def sqnr_map(base: Path, fp8: Path):
     return _map(fp8, sqnr)
 
 
-def _map(fp8: Path, value):
+def _map(fp8: Checkpoint, value):
     import pandas as pd
 
     table = {}

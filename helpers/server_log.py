@@ -1,9 +1,7 @@
 """What a vLLM server's log says: what it is doing, which kernel it chose, why it died."""
 
-import json
 import re
 import signal
-from pathlib import Path
 
 _PHASES = (  # (what the log says, what vLLM is then doing), in order
     ("Starting vLLM server", "opening its port"),
@@ -21,8 +19,9 @@ def phase(log: str) -> str:
     return next((doing for said, doing in _PHASES if said in log), "importing")
 
 
-def selected_kernel(model: Path, log: str) -> str:
-    quantized = "quantization_config" in json.loads((model / "config.json").read_text())
+def selected_kernel(config: dict, log: str) -> str:
+    """The linear kernel that vLLM's log names, for a model with this config.json."""
+    quantized = "quantization_config" in config
     chosen = re.findall(r"Selected (\w+) for", log)
     if not chosen and "leveraging the Marlin kernel" in log:  # all that vLLM 0.32 says of W8A16
         return "MarlinFP8ScaledMMLinearKernel"

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import psutil
 
-from helpers import WorkbookError, models, server_log, workspace
+from helpers import WorkbookError, checkpoint, server_log, workspace
+from helpers.checkpoint import Checkpoint
 from helpers.progress import Progress
 from helpers.serve_side.supervisor import GRACE
 
@@ -68,18 +69,19 @@ def default_flags(profile, mode) -> list[str]:
 class VllmServer:
     """A running vLLM server, as a context manager.
 
-    `model` is a directory with a config and safetensors; `flags` go to vLLM as they are; `name` is
+    `model` is a verified checkpoint; `flags` go to vLLM as they are; `name` is
     the name it serves the model under, by default the directory's; `env` is added to vLLM's
     environment; `port` is taken if given, else a free one.
 
     Once started: `url`, `api_key`, `model_name`, `log_path`, `kernel` (the linear kernel that vLLM
     chose, "unquantized" for a bf16 model) and `startup_seconds`. Raises `WorkbookError` when the
-    model is not whole, the port is taken, `.venv-serve` is missing, or vLLM dies.
+    model has been replaced meanwhile, the port is taken, `.venv-serve` is missing, or vLLM dies.
     """
 
-    def __init__(self, model: Path, flags: list[str] = (), name: str | None = None,
+    def __init__(self, model: Checkpoint, flags: list[str] = (), name: str | None = None,
                  env: dict[str, str] | None = None, port: int | None = None):
-        self.model = Path(model).resolve()
+        self.checkpoint = model
+        self.model = model.path.resolve()
         self.flags = list(flags)
         self.model_name = name or self.model.name
         self.api_key = secrets.token_urlsafe(24)
@@ -100,7 +102,7 @@ class VllmServer:
 
     def start(self) -> "VllmServer":
         """Start vLLM and return when it has generated a token."""
-        models.check_directory(self.model)  # now, not after half a minute of vLLM's start
+        self.checkpoint.require_unchanged()  # now, not after half a minute of vLLM's start
         if self._port is not None:
             _check_port(self._port)
         port = self._port or _free_port()
@@ -121,7 +123,7 @@ class VllmServer:
             progress.close(f"vLLM: {self.model_name} did not start.")
             raise
         self.startup_seconds = time.monotonic() - began
-        self.kernel = server_log.selected_kernel(self.model, self.log())
+        self.kernel = server_log.selected_kernel(self.checkpoint.config, self.log())
         progress.close(f"vLLM: {self.model_name} is ready after {self.startup_seconds:.0f} s; "
                        f"linear layers: {self.kernel}.")
         return self
@@ -169,7 +171,7 @@ class VllmServer:
             # vLLM 0.32's CPU platform turns `uni` back into `mp` unless this is off. The API
             # server still runs its engine in a process of its own, and still notices its death.
             env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-            env.setdefault("OMP_NUM_THREADS", str(threads(self.model)))
+            env.setdefault("OMP_NUM_THREADS", str(threads(self.checkpoint)))
             # OpenMP's threads spin for milliseconds when they wait, against the API server and the
             # notebook on a machine of few cores: 36 tokens/s, and 140 with this, on two busy ones.
             env.setdefault("GOMP_SPINCOUNT", "1000")
@@ -262,13 +264,13 @@ def processes(server: VllmServer) -> list[psutil.Process]:
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
 
 
-def threads(model: Path) -> int:
+def threads(model: Checkpoint) -> int:
     """Threads to compute with on a CPU: a core each, hyperthreads not counted, and one if small.
 
     A layer of a model that fits the cache is done before a second thread has woken up: the bundled
     one is as fast on one thread as on two when the machine is quiet, and faster when it is not.
     """
-    if sum(file.stat().st_size for file in model.glob("*.safetensors")) < 64 * 2**20:
+    if checkpoint.total_bytes(model.tensors) < 64 * 2**20:
         return 1
     allowed = len(os.sched_getaffinity(0))
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))

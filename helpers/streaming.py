@@ -9,17 +9,17 @@ byte (a test compares them).
 import contextlib
 import fcntl
 import functools
-import json
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from helpers import WorkbookError, checkpoint, workspace
+from helpers import WorkbookError, checkpoint, headers, workspace
+from helpers.checkpoint import Checkpoint, Origin
+from helpers.headers import TensorInfo
 
 IGNORE = ("lm_head", checkpoint.EMBEDDING)
 # Measured on two cores with 1 MiB of L2 cache each: smaller blocks cost time, and larger ones cost
@@ -29,7 +29,6 @@ BLOCK_BYTES = 4 * 2**20
 # more, most of it kept by the allocator; both rounded up.
 LIBRARIES = 600_000_000
 BLOCKS_A_THREAD = 32
-SOURCE = "source.json"
 
 
 @dataclass(frozen=True)
@@ -50,42 +49,44 @@ def _threads() -> int:
     return min(8, len(os.sched_getaffinity(0))) + 1
 
 
-def stream(base: Path, place: Path, copied: tuple[str, ...]) -> Path:
+def versions() -> dict[str, str]:
+    """The libraries that the codes and scales depend on, each with its version."""
+    return {name: metadata.version(name) for name in ("llmcompressor", "compressed-tensors")}
+
+
+def stream(base: Checkpoint, place: Path, copied: tuple[str, ...],
+           made_from: Origin) -> Checkpoint:
     """Quantize the safetensors of `base` into `place`, with the files matching `copied`.
 
     Memory: some blocks of 4 MiB for each core, whatever the model's size. A run that was killed is
-    taken up at the shard it was at. Returns `place`, whole and with its manifest. Raises
-    `WorkbookError` when the disk is too small, or when another process is at the same work.
+    taken up at the shard it was at, if it was begun with the same `made_from`, which is kept in the
+    directory from the beginning. Raises `WorkbookError` when the disk is too small or cannot be
+    written, or when another process is at the same work.
     """
     partial = place.parent / f".{place.name}.streaming"
-    partial.mkdir(parents=True, exist_ok=True)
-    with _alone(partial):
-        _forget_another_base(base, partial)
-        before = checkpoint.census(base)
-        shards = list(dict.fromkeys(t.file for t in before))
-        for left in partial.glob("*.unfinished"):
-            left.unlink()
-        todo = [shard for shard in shards if not (partial / shard).exists()]
-        if len(todo) < len(shards):
-            print(f"Going on with an interrupted run: {len(shards) - len(todo)} of {len(shards)} "
-                  "shards are there.")
-        needed = sum(t.nbytes for t in checkpoint.predict_fp8(before) if t.file in todo)
-        workspace.require_disk(partial, needed, f"Writing {place.name}")
-        converter = _converter()
-        try:
+    with workspace.writing(place, "The shards that were finished are kept, and it goes on from "
+                           "there."):
+        partial.mkdir(parents=True, exist_ok=True)
+        with _alone(partial):
+            workspace.remove_leftovers(place)
+            _forget_another_base(partial, asdict(made_from))
+            shards = list(dict.fromkeys(t.file for t in base.tensors))
+            for left in partial.glob("*.unfinished"):
+                left.unlink()
+            todo = [shard for shard in shards if not (partial / shard).exists()]
+            if len(todo) < len(shards):
+                print(f"Going on with an interrupted run: {len(shards) - len(todo)} of "
+                      f"{len(shards)} shards are there.")
+            needed = sum(t.nbytes for t in checkpoint.predict_fp8(base.tensors) if t.file in todo)
+            workspace.require_disk(partial, needed, f"Writing {place.name}")
+            converter = _converter()
             sums = _shards(base, partial, todo, converter)
-        except OSError as error:
-            if not workspace.is_full_disk(error):
-                raise
-            raise WorkbookError(
-                f"The disk filled up while {place.name} was being written.",
-                "The shards that were finished are kept.",
-                "Free some space and run this again; it goes on from there.") from error
-        _describe(base, partial, copied, converter)
-        (partial / SOURCE).unlink()
-        workspace.write_manifest(partial, sums)
-        workspace.replace(partial, place)
-    return place
+            _describe(base, partial, copied, converter)
+            base.require_unchanged()
+            workspace.write_manifest(partial, sums)
+            workspace.replace(
+                partial.rename(place.parent / f".{place.name}.partial-{os.getpid()}"), place)
+    return checkpoint.just_written(place)
 
 
 @contextlib.contextmanager
@@ -103,20 +104,16 @@ def _alone(directory: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _forget_another_base(base: Path, partial: Path) -> None:
-    """Empty `partial` unless it was begun from these very files by this very library."""
-    files = {f.name: [f.stat().st_size, f.stat().st_mtime_ns]
-             for f in sorted(base.glob("*.safetensors"))}
-    source = {"files": files, "ignore": list(IGNORE),
-              **{p: metadata.version(p) for p in ("llmcompressor", "compressed-tensors")}}
+def _forget_another_base(partial: Path, made_from: dict) -> None:
+    """Empty `partial` unless it was begun from this very base by these very libraries."""
     try:
-        known = json.loads((partial / SOURCE).read_text())
-    except (OSError, ValueError):
+        known = workspace.read_json(partial / checkpoint.MADE_FROM)
+    except WorkbookError:
         known = None
-    if known != source:
+    if known != made_from:
         for file in partial.iterdir():
             file.unlink()
-        workspace.write_json(partial / SOURCE, source)
+        workspace.write_json(partial / checkpoint.MADE_FROM, made_from)
 
 
 def _converter():
@@ -180,7 +177,7 @@ def _register_straight() -> list[bool]:
     return wanted
 
 
-def _shards(base: Path, partial: Path, names: list[str], converter) -> dict[str, str]:
+def _shards(base: Checkpoint, partial: Path, names: list[str], converter) -> dict[str, str]:
     """Write each shard under a passing name, and under its own when it is on the disk.
 
     Returns the shards' SHA-256 by name.
@@ -188,7 +185,7 @@ def _shards(base: Path, partial: Path, names: list[str], converter) -> dict[str,
     import torch
     from tqdm.auto import tqdm
 
-    total = sum((base / name).stat().st_size for name in names)
+    total = sum((base.path / name).stat().st_size for name in names)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -199,10 +196,10 @@ def _shards(base: Path, partial: Path, names: list[str], converter) -> dict[str,
             for name in names:
                 output = opened.enter_context(
                     open(partial / f"{name}.unfinished", "wb", buffering=0))
-                for done in pool.map(_run, _blocks(base / name, output, converter)):
+                for done in pool.map(_run, _blocks(base, name, output, converter)):
                     bar.update(done)
                 # The disk takes this shard while the next one is computed.
-                finished[name] = finisher.submit(_finish, output, base / name, partial / name)
+                finished[name] = finisher.submit(_finish, output, base.path / name, partial / name)
             return {name: shard.result() for name, shard in finished.items()}
     finally:
         torch.set_num_threads(threads)
@@ -228,29 +225,29 @@ def _run(block: Block) -> int:
     return block.nbytes
 
 
-def _blocks(source: Path, output, converter) -> list[Block]:
+def _blocks(base: Checkpoint, shard: str, output, converter) -> list[Block]:
     """Write the output's header; return the blocks that fill in the data."""
     import torch
 
-    before = checkpoint.read_header(source)
-    starts = checkpoint.data_offsets(source)
+    source = base.path / shard
+    before = [tensor for tensor in base.tensors if tensor.file == shard]
     made = {t.name: converter.process({t.name: torch.empty(
         t.shape, dtype=_torch_dtype(t.dtype), device="meta")}) for t in before}
-    places = _write_header(output, {n: x for each in made.values() for n, x in each.items()})
+    places = headers.write(output, [_info(name, tensor) for each in made.values()
+                                    for name, tensor in each.items()])
     blocks = []
     for tensor in before:
         if len(made[tensor.name]) == 1:  # not a target: its bytes are copied
             for first in range(0, tensor.nbytes, BLOCK_BYTES):
                 size = min(BLOCK_BYTES, tensor.nbytes - first)
-                blocks.append(_copied(source, starts[tensor.name] + first, size, output,
+                blocks.append(_copied(source, tensor.start + first, size, output,
                                       places[tensor.name] + first))
             continue
         row = tensor.nbytes // tensor.shape[0]
         rows = max(1, BLOCK_BYTES // row)
         for first in range(0, tensor.shape[0], rows):
             count = min(rows, tensor.shape[0] - first)
-            blocks.append(_quantized(source, starts[tensor.name], tensor, first, count, output,
-                                     places, converter))
+            blocks.append(_quantized(source, tensor, first, count, output, places, converter))
     return blocks
 
 
@@ -258,13 +255,14 @@ def _copied(source: Path, start: int, size: int, output, at: int) -> Block:
     return Block(size, lambda: _write(output, _read(source, start, size), at))
 
 
-def _quantized(source, start, tensor, first, count, output, places, converter) -> Block:
+def _quantized(source: Path, tensor: TensorInfo, first: int, count: int, output,
+               places: dict[str, int], converter) -> Block:
     import torch
 
     row = tensor.nbytes // tensor.shape[0]
 
     def write() -> None:
-        data = _read(source, start + first * row, count * row)
+        data = _read(source, tensor.start + first * row, count * row)
         weight = torch.from_numpy(data).view(_torch_dtype(tensor.dtype)).reshape(count, -1)
         for name, part in converter.process({tensor.name: weight}).items():
             # Weight and scale both have the output channels as rows.
@@ -288,23 +286,10 @@ def _write(output, data, at: int) -> None:
         rest, at = rest[written:], at + written
 
 
-def _write_header(output, tensors: dict) -> dict[str, int]:
-    """Write a safetensors header for these (meta) tensors; return where each one's data begins.
-
-    Order and padding are those of safetensors' own writer: larger types first, then by name; the
-    header padded with spaces to eight bytes.
-    """
-    names = {_torch_dtype(name): name for name in ("BF16", "F16", "F32", "F8_E4M3")}
-    header, end = {}, 0
-    for name, tensor in sorted(tensors.items(), key=lambda t: (-t[1].element_size(), t[0])):
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [end, end + tensor.nbytes]}
-        end += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    output.write(struct.pack("<Q", len(text)) + text)
-    os.ftruncate(output.fileno(), 8 + len(text) + end)
-    return {name: 8 + len(text) + e["data_offsets"][0] for name, e in header.items()}
+def _info(name: str, tensor) -> TensorInfo:
+    """A (meta) tensor's entry in a header."""
+    kinds = {_torch_dtype(kind): kind for kind in ("BF16", "F16", "F32", "F8_E4M3")}
+    return TensorInfo(name, kinds[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
 
 
 def _torch_dtype(name: str):
@@ -320,16 +305,16 @@ def _torch_dtype(name: str):
     return types[name]
 
 
-def _describe(base: Path, partial: Path, copied: tuple[str, ...], converter) -> None:
+def _describe(base: Checkpoint, partial: Path, copied: tuple[str, ...], converter) -> None:
     """The files beside the weights: those of the base, and the library's own config and index."""
     from compressed_tensors.utils.safetensors_load import update_safetensors_index
     from llmcompressor.entrypoints.model_free.save_utils import update_config
 
     for pattern in ("config.json", "generation_config.json", *copied):
-        for file in base.glob(pattern):
+        for file in base.path.glob(pattern):
             shutil.copyfile(file, partial / file.name)
     update_config(partial, converter.config)
     tensors = [t for file in sorted(partial.glob("*.safetensors"))
-               for t in checkpoint.read_header(file)]
+               for t in headers.read(file)]
     update_safetensors_index(partial, checkpoint.total_bytes(tensors),
                              {t.name: t.file for t in tensors})

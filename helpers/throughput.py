@@ -12,12 +12,12 @@ import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
-from helpers import WorkbookError, hardware, serving, workspace
+from helpers import WorkbookError, checkpoint, hardware, serving, workspace
+from helpers.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,7 +70,7 @@ def run(server: serving.VllmServer, flags: list[str]) -> BenchResult:
         return measure(server, flags)
 
 
-def compare(arms: dict[str, Path], profile, mode, work: dict[int, list[str]],
+def compare(arms: dict[str, Checkpoint], profile, mode, work: dict[int, list[str]],
             rounds: int) -> "pd.DataFrame":
     """Measure every arm `rounds` times, in turn, in an order that alternates.
 
@@ -127,9 +127,8 @@ def order(arms: list[str], rounds: int) -> list[tuple[int, str]]:
             for arm in (arms if number % 2 else arms[::-1])]
 
 
-def _fit_together(arms: dict[str, Path]) -> bool:
-    weights = sum(file.stat().st_size for model in arms.values()
-                  for file in model.glob("*.safetensors"))
+def _fit_together(arms: dict[str, Checkpoint]) -> bool:
+    weights = sum(checkpoint.total_bytes(model.tensors) for model in arms.values())
     return weights + len(arms) * _SERVER_MEMORY < psutil.virtual_memory().available
 
 

@@ -1,14 +1,13 @@
 """What a reader turns: the explorer of a checkpoint's scales, and the menu of GPUs."""
 
-from pathlib import Path
-
 from helpers import WorkbookError, plots, roofline, scales, value_plots, workspace
+from helpers.checkpoint import Checkpoint
 
 VIEWS = ("scales", "weights", "error")
 MAPS = {"scale spread": lambda base, fp8: scales.spread_map(fp8), "SQNR, dB": scales.sqnr_map}
 
 
-def draw(base: Path, fp8: Path, module: str, view: str) -> None:
+def draw(base: Checkpoint, fp8: Checkpoint, module: str, view: str) -> None:
     """Show one view of one module: "scales", "weights" (of its loudest channel) or "error"."""
     scale = scales.of(fp8, module)
     if view == "scales":
@@ -25,7 +24,7 @@ def draw(base: Path, fp8: Path, module: str, view: str) -> None:
         raise ValueError(f"no view {view!r}: {', '.join(VIEWS)}")
 
 
-def explorer(base: Path, fp8: Path):
+def explorer(base: Checkpoint, fp8: Checkpoint):
     """The explorer: controls for layer, module and view, a map whose cells select, the picture.
 
     Bad input is a sentence where the picture would be.

@@ -6,10 +6,13 @@ have those sums is whole.
 """
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import json
 import mmap
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +22,7 @@ from types import MappingProxyType
 from helpers import WorkbookError
 
 MANIFEST = "MANIFEST.json"
+LOADED = (".safetensors", ".json", ".jinja", ".txt")  # what a loader reads, beside tokenizer*
 
 
 def repo() -> Path:
@@ -34,7 +38,8 @@ def data(*parts: str) -> Path:
 def root() -> Path:
     """The workspace: PHI4_FP8_WORKSPACE, or `workspace` in the repository; made if not there."""
     place = Path(os.environ.get("PHI4_FP8_WORKSPACE") or repo() / "workspace").resolve()
-    place.mkdir(parents=True, exist_ok=True)
+    with writing(place, "The workspace holds all that the notebooks make."):
+        place.mkdir(parents=True, exist_ok=True)
     return place
 
 
@@ -51,32 +56,73 @@ def require_disk(place: Path, nbytes: int, purpose: str) -> None:
 
 
 @contextlib.contextmanager
+def writing(place: Path, kept: str = "Nothing half-written is left.") -> Iterator[None]:
+    """Put the system's refusal to write at `place` in words; `kept`: what is left of the work.
+
+    Raises `WorkbookError` for a full disk, a read-only or foreign folder, a file where a folder
+    should be, and a failing disk. Other errors go through as they are.
+    """
+    try:
+        yield
+    except WorkbookError:
+        raise
+    except Exception as error:
+        if is_full_disk(error):
+            raise WorkbookError(
+                f"The disk filled up while {place.name} was being written.", kept,
+                "Free some space, or set PHI4_FP8_WORKSPACE to a folder on a larger disk, and run "
+                "this again.") from error
+        number = error.errno if isinstance(error, OSError) else None
+        if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise WorkbookError(
+                f"{place} cannot be written: {os.strerror(number)}.", kept,
+                "Set PHI4_FP8_WORKSPACE to a folder that you can write to, and run this again."
+            ) from error
+        if number in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise WorkbookError(
+                f"{place} cannot be written: {_in_the_way(place)}.", kept,
+                "Move it away, or set PHI4_FP8_WORKSPACE to another folder, and run this again."
+            ) from error
+        if number in (errno.EIO, errno.ENAMETOOLONG, errno.ELOOP):
+            raise WorkbookError(f"{place} cannot be written: {os.strerror(number)}.", kept,
+                                "Set PHI4_FP8_WORKSPACE to another folder, and run this again."
+                                ) from error
+        raise
+
+
+def _in_the_way(place: Path) -> str:
+    """What stands where a folder or a file should be."""
+    for folder in reversed(place.parents):
+        if folder.exists() and not folder.is_dir():
+            return f"{folder} is a file, and should be a folder"
+    kind = "a folder" if place.is_dir() else "a file"
+    return f"there is {kind} of that name, where something else should be"
+
+
+@contextlib.contextmanager
 def building(target: Path, needs_bytes: int = 0) -> Iterator[Path]:
     """A directory to fill, which becomes `target` when the block ends well.
 
-    Then it has a manifest, is on the disk, and replaces an older `target` in one rename. When the
+    Then it has a manifest, is on the disk, and replaces an older `target` in one step. When the
     block raises, or the process dies, `target` is as it was; leftovers of dead processes are
-    removed the next time. A full disk is a `WorkbookError`.
+    removed the next time. Raises `WorkbookError` as `writing` does.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
-    require_disk(target.parent, needs_bytes, f"Writing {target.name}")
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        write_manifest(partial)
-        replace(partial, target)
-    except BaseException as error:
+    with writing(target, "What was written so far has been removed; nothing half-written is left."):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
+        remove_leftovers(target)
+        require_disk(target.parent, needs_bytes, f"Writing {target.name}")
         shutil.rmtree(partial, ignore_errors=True)
-        if is_full_disk(error):
-            raise WorkbookError(
-                f"The disk filled up while {target.name} was being written.",
-                "What was written so far has been removed; nothing half-written is left.",
-                "Free some space, or set PHI4_FP8_WORKSPACE to a folder on a larger disk, and run "
-                "this again.") from error
-        raise
+        partial.mkdir()
+        try:
+            yield partial
+            write_manifest(partial)
+            replace(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -85,20 +131,46 @@ def is_full_disk(error: BaseException) -> bool:
     return isinstance(error, Exception) and any(word in str(error) for word in words)
 
 
-def _remove_leftovers(target: Path) -> None:
+def remove_leftovers(target: Path) -> None:
+    """Remove what processes that are dead left beside `target` when they were making it."""
     for left in target.parent.glob(f".{target.name}.*-*"):
         pid = left.name.rpartition("-")[2]
         if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(left, ignore_errors=True)
+            _remove(left)
+
+
+def _remove(place: Path) -> None:
+    if place.is_symlink():
+        place.unlink()
+    else:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def replace(partial: Path, target: Path) -> None:
-    """Rename `partial` to `target`; an older target is moved aside first and removed after."""
+    """Give `partial` the name `target`, and remove an older `target`.
+
+    The two change places in one step of the kernel's, so that at every moment there is a whole
+    `target`; where the file system cannot do that, the older one is moved aside first.
+    """
     old = target.parent / f".{target.name}.old-{os.getpid()}"
     if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+        try:
+            _exchange(partial, target)
+            partial.rename(old)
+        except OSError:
+            target.rename(old)
+            partial.rename(target)
+    else:
+        partial.rename(target)
+    _remove(old)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Linux's renameat2 with RENAME_EXCHANGE, for which Python has no function."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE: linux/fcntl.h, linux/fs.h
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange):
+        raise OSError(ctypes.get_errno(), "renameat2")
 
 
 def write_manifest(directory: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -117,17 +189,31 @@ def write_manifest(directory: Path, known: Mapping[str, str] = MappingProxyType(
     write_json(directory / MANIFEST, files)
 
 
-def read_manifest(directory: Path) -> dict | None:
-    """The manifest's files, or None where there is no readable one."""
-    try:
-        return json.loads((directory / MANIFEST).read_text())
-    except (OSError, ValueError):
+def read_manifest(directory: Path) -> dict[str, dict] | None:
+    """The manifest's files, each with "bytes" and "sha256"; None where there is no manifest.
+
+    Raises `WorkbookError` when there is one and it is damaged: then nothing says what the
+    directory should hold.
+    """
+    if not (directory / MANIFEST).exists():
         return None
+    files = read_json(directory / MANIFEST)
+    for name, entry in files.items():
+        if not (isinstance(entry, dict) and type(entry.get("bytes")) is int
+                and re.fullmatch(r"[0-9a-f]{64}", str(entry.get("sha256")))
+                and not Path(name).is_absolute() and ".." not in Path(name).parts):
+            raise damaged_json(directory / MANIFEST, f"its entry for {name!r} is no size and sum")
+    if not files:
+        raise damaged_json(directory / MANIFEST, "it names no file")
+    return files
 
 
 def is_whole(directory: Path) -> bool:
     """Whether the directory was finished and all its files have their sizes (not their sums)."""
-    manifest = read_manifest(directory)
+    try:
+        manifest = read_manifest(directory)
+    except WorkbookError:
+        return False
     return manifest is not None and not _wrong_sizes(directory, manifest)
 
 
@@ -143,12 +229,17 @@ def _wrong_sizes(directory: Path, manifest: dict) -> list[str]:
 
 
 def verify(directory: Path) -> None:
-    """Raise `WorkbookError` unless every file of the manifest is there with its SHA-256."""
+    """Raise `WorkbookError` unless every file of the manifest is there with its SHA-256.
+
+    A file that a loader would read and the manifest does not name is refused too.
+    """
     manifest = read_manifest(directory)
     if manifest is None:
         wrong = ["it has no manifest, so it was never finished"]
     else:
-        wrong = _wrong_sizes(directory, manifest) or [
+        wrong = _wrong_sizes(directory, manifest) + [
+            f"{file.name} is not in its manifest" for file in sorted(directory.iterdir())
+            if file.suffix in LOADED and file.name not in (MANIFEST, *manifest)] or [
             f"{name} has changed since it was written" for name, entry in manifest.items()
             if sha256(directory / name) != entry["sha256"]]
     if wrong:
@@ -156,16 +247,6 @@ def verify(directory: Path) -> None:
             f"{directory.name} is not whole: {'; '.join(wrong)}.",
             "Its weights cannot be trusted, and no loader would notice.",
             f"Delete the folder {directory} and make it again.")
-
-
-def fingerprint(directory: Path) -> str:
-    """One SHA-256 for a finished directory: of its manifest, so of every byte in it."""
-    manifest = read_manifest(directory)
-    if manifest is None:
-        raise WorkbookError(f"{directory.name} has no manifest.",
-                            "Only a finished directory has a fingerprint.",
-                            "Make it again, or wait until it is finished.")
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(file: Path) -> str:
@@ -183,12 +264,50 @@ def flip_a_bit(file: Path) -> None:
 
 
 def write_json(path: Path, content) -> None:
-    """Write JSON so that `path` holds either all of it or what it held before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as handle:
-        json.dump(content, handle, indent=1)
-        handle.write("\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.chmod(handle.name, 0o644)
-    os.replace(handle.name, path)
+    """Write JSON so that `path` holds either all of it or what it held before.
+
+    Raises `WorkbookError` as `writing` does.
+    """
+    with writing(path, "What it held before is kept."):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(content, indent=1) + "\n"
+        handle, name = tempfile.mkstemp(dir=path.parent)
+        try:
+            with open(handle, "w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+
+def read_json(file: Path) -> dict:
+    """The JSON object in a file.
+
+    Raises `WorkbookError` when the file is not there, cannot be read, or holds anything else.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise WorkbookError(f"{file.parent}: there is no {file.name}.",
+                            "It is a part of what the folder should hold.",
+                            "Fetch or make it again.") from None
+    except OSError as error:
+        raise damaged_json(file, f"it cannot be read ({error.strerror})") from None
+    except RecursionError:
+        raise damaged_json(file, "it is nested too deep") from None
+    except ValueError as error:
+        raise damaged_json(file, f"it is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise damaged_json(file, "it is no JSON object")
+    return content
+
+
+def damaged_json(file: Path, why: str) -> WorkbookError:
+    """The error of a file of JSON that does not hold what it should."""
+    return WorkbookError(f"{file.parent}: {file.name} is damaged: {why}.",
+                         "It was half-written, edited, or is another file of that name.",
+                         f"Delete {file} and fetch or make it again.")

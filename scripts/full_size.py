@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from helpers import WorkbookError, checkpoint, fp8, roofline, workspace
-from helpers.checkpoint import TensorInfo
+from helpers import WorkbookError, checkpoint, fp8, headers, roofline, workspace
+from helpers.checkpoint import Checkpoint
+from helpers.headers import TensorInfo
 
 SHARDS = 6  # microsoft/phi-4's index.json: model-0000n-of-00006
 MODULES = 20  # chosen at random, re-derived from E4M3's definition
@@ -63,18 +64,11 @@ def write_base(base: Path, config: dict, seed: int) -> None:
 
 
 def _write_shard(file: Path, tensors: list[TensorInfo], seed) -> None:
-    header, end = {}, 0
-    for tensor in sorted(tensors, key=lambda t: t.name):
-        header[tensor.name] = {"dtype": "BF16", "shape": list(tensor.shape),
-                               "data_offsets": [end, end + tensor.nbytes]}
-        end += tensor.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     numbers = np.random.Generator(np.random.SFC64(seed))
     with open(file, "wb") as output:
-        output.write(len(text).to_bytes(8, "little") + text)
-        for entry in header.values():
-            _write_random(output, prod(entry["shape"]), entry["shape"][-1], numbers)
+        headers.write(output, tensors)
+        for tensor in sorted(tensors, key=lambda t: t.name):  # the order in the file
+            _write_random(output, prod(tensor.shape), tensor.shape[-1], numbers)
 
 
 def _write_random(output, count: int, row: int, numbers) -> None:
@@ -87,7 +81,7 @@ def _write_random(output, count: int, row: int, numbers) -> None:
         output.write(((bits & np.uint16(0x83FF)) | np.uint16(0x3A00)) + shift)
 
 
-def verify(base: Path, made: Path, config: dict, seed: int) -> list[str]:
+def verify(base: Checkpoint, made: Checkpoint, config: dict, seed: int) -> list[str]:
     """Hold every tensor's name, shape and type to the plan; re-derive `MODULES` modules.
 
     Raises `WorkbookError` at the first that differs. Returns the modules that were re-derived.
@@ -96,18 +90,16 @@ def verify(base: Path, made: Path, config: dict, seed: int) -> list[str]:
         raise WorkbookError(what, "The quantization is wrong, or the disk is.",
                             "Run it again; if it stays, report it with this sentence.")
 
-    before = checkpoint.census(base)
     planned = {(t.name, t.dtype, t.shape) for t in checkpoint.predict_fp8(roofline.tensors(config))}
-    odd = planned ^ {(t.name, t.dtype, t.shape) for t in checkpoint.census(made)}
+    odd = planned ^ {(t.name, t.dtype, t.shape) for t in made.tensors}
     if odd:
         refuse(f"{len(odd)} tensors are not as planned, one of them {min(odd)}.")
-    modules = checkpoint.linears(before)
+    modules = checkpoint.linears(base.tensors)
     chosen = random.Random(seed).sample(modules, min(MODULES, len(modules)))
-    where = {t.name: t.file for t in before}
     for module in chosen:
-        file = where[f"{module}.weight"]
-        with safe_open(base / file, "pt") as old, safe_open(made / file, "pt") as new:
-            weights, codes = (f.get_slice(f"{module}.weight") for f in (old, new))
+        name = f"{module}.weight"
+        with safe_open(base.file(name), "pt") as old, safe_open(made.file(name), "pt") as new:
+            weights, codes = (f.get_slice(name) for f in (old, new))
             scales = new.get_tensor(f"{module}.weight_scale")
             for first in range(0, scales.shape[0], 1024):
                 rows = slice(first, first + 1024)
@@ -135,13 +127,15 @@ def measure(place: Path, scale: int = 1, seed: int = 0) -> dict:
         start = time.perf_counter()
         write_base(base, config, seed)
         result = {"seconds writing": time.perf_counter() - start}
+        opened = checkpoint.verified(base)  # takes its sums, and the workspace keeps them
         _forget_cache(base)
         result |= _quantize_apart(base, made)
         start = time.perf_counter()
-        chosen = verify(base, made, config, seed)
+        product = checkpoint.verified(made)
+        chosen = verify(opened, product, config, seed)
         result["seconds verifying"] = time.perf_counter() - start
         result |= {"modules re-derived": len(chosen), "bytes bf16": nbytes,
-                   "bytes FP8": checkpoint.total_bytes(checkpoint.census(made))}
+                   "bytes FP8": checkpoint.total_bytes(product.tensors)}
         shutil.rmtree(made)
         _forget_cache(base)
         result["seconds cp"] = sum(_copied(file, copy) for file in sorted(base.iterdir()))
@@ -169,9 +163,9 @@ def _forget_cache(directory: Path) -> None:
 
 def _quantize_apart(base: Path, made: Path) -> dict:
     code = ("import json, resource, sys, time\nfrom pathlib import Path\n"
-            "from helpers import quantize\n"
+            "from helpers import checkpoint, quantize\n"
             "start = time.perf_counter()\n"
-            "quantize.stream(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+            "quantize.stream(checkpoint.verified(sys.argv[1]), Path(sys.argv[2]))\n"
             "seconds = time.perf_counter() - start\n"
             "used = resource.getrusage(resource.RUSAGE_SELF)\n"
             # ru_maxrss would be that of the process which started this one, where that was larger.

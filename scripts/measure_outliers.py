@@ -16,13 +16,13 @@ def measure(profile: Profile) -> dict:
     model, tokenizer = ablation.load(base)
     found = outliers.table(model, fp8, outliers.text(tokenizer))
     return {"repo": profile.repo, "revision": profile.revision,
-            "checkpoint": workspace.fingerprint(fp8),
+            "checkpoint": fp8.fingerprint,
             "modules": {name: {column: float(f"{value:.4g}") for column, value in row.items()}
                         for name, row in found.T.to_dict().items()}}
 
 
 def main() -> None:
-    profiles = models.PROFILES["tiny-phi4"], models.SMOLLM2
+    profiles = models.tiny(), models.SMOLLM2
     workspace.write_json(outliers.MEASURED, {
         "text": "first problem of data/tiny_gsm8k/test.jsonl, with its answer",
         "versions": {name: metadata.version(name) for name in (

@@ -16,19 +16,22 @@ def tmp_workspace(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_base() -> Path:
-    return REPO / "data" / "tiny_phi4"
+def tiny_base():
+    """The bundled model, a `Checkpoint`."""
+    from helpers import models
+
+    return models.tiny().checkpoint
 
 
 @pytest.fixture(scope="session")
-def tiny_fp8(tmp_path_factory, tiny_base) -> Path:
+def tiny_fp8(tmp_path_factory, tiny_base):
     """The bundled model's FP8 checkpoint, made once by the real LLM Compressor."""
     from helpers import models, quantize
 
     before = os.environ.get("PHI4_FP8_WORKSPACE")
     os.environ["PHI4_FP8_WORKSPACE"] = str(tmp_path_factory.mktemp("fp8"))
     try:
-        return quantize.fp8_checkpoint(models.PROFILES["tiny-phi4"], tiny_base)
+        return quantize.fp8_checkpoint(models.tiny(), tiny_base)
     finally:
         if before is None:
             del os.environ["PHI4_FP8_WORKSPACE"]
@@ -36,11 +39,11 @@ def tiny_fp8(tmp_path_factory, tiny_base) -> Path:
             os.environ["PHI4_FP8_WORKSPACE"] = before
 
 
-def _server(model: Path):
+def _server(model):
     from helpers import hardware, models, serving
 
     mode = hardware.serving_mode(hardware.detect())
-    flags = serving.default_flags(models.PROFILES["tiny-phi4"], mode)
+    flags = serving.default_flags(models.tiny(), mode)
     if mode.device == "cuda":
         flags += ["--gpu-memory-utilization", "0.3"]  # both servers stay up; the last one counts
     return serving.VllmServer(model, flags)

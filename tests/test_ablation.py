@@ -15,7 +15,7 @@ from helpers import ablation, course, fp8, models, workspace
 @pytest.fixture(scope="module")
 def tiny(tiny_base):
     model, tokenizer = ablation.load(tiny_base)
-    with open(tiny_base.parent / "tiny_gsm8k" / "test.jsonl") as lines:
+    with open(tiny_base.path.parent / "tiny_gsm8k" / "test.jsonl") as lines:
         rows = [json.loads(line) for line, _ in zip(lines, range(3), strict=False)]
     return model, ablation.encoded(tokenizer, rows)
 
@@ -82,7 +82,7 @@ def test_w8a16_is_a_model_whose_weights_were_changed_by_hand(tiny, tiny_base, ti
     from safetensors.torch import load_file
 
     model, texts = tiny
-    stored = load_file(tiny_fp8 / "model.safetensors")
+    stored = load_file(tiny_fp8.path / "model.safetensors")
     other, _ = ablation.load(tiny_base)
     state = {name.removesuffix("_scale"): stored[name.removesuffix("_scale")].float()
              * stored[name].float() for name in stored if name.endswith("weight_scale")}
@@ -131,7 +131,7 @@ def test_rounding_more_costs_more_and_nothing_costs_nothing(tiny):
 def test_problems_are_solved_as_transformers_answers_them_one_by_one(tiny_base):
     """Batched and padded against each alone; and a model that is rounded to nothing solves none."""
     model, tokenizer = ablation.load(tiny_base)
-    with open(tiny_base.parent / "tiny_gsm8k" / "test.jsonl") as lines:
+    with open(tiny_base.path.parent / "tiny_gsm8k" / "test.jsonl") as lines:
         rows = [json.loads(line) for line in lines][:12]
     alone = [ablation.solved(model, tokenizer, [row], batch=1)[0] for row in rows]
     assert ablation.solved(model, tokenizer, rows, batch=5) == alone and sum(alone) > 6
@@ -153,7 +153,7 @@ def test_notebook_03_takes_the_bundled_model_for_one_too_large_for_float32(nbyte
     """The cell itself, with a course whose model is small and one whose model is Phi-4's size."""
     nb = nbformat.read(workspace.repo() / "notebooks" / "03_inspect_the_scales.ipynb", 4)
     cell = next(cell.source for cell in nb.cells if "small = phi4.profile" in cell.source)
-    tiny = models.PROFILES["tiny-phi4"]
+    tiny = models.tiny()
     profile = dataclasses.replace(tiny, name="own", bf16_bytes=nbytes)
     scope = {"course": course, "phi4": course.Course(None, None, profile)}
     exec(cell, scope)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import yaml
 
-from helpers import WorkbookError, card, ledger, models
+from helpers import WorkbookError, card, checkpoint, ledger, models
 
 
 def rows(tmp_path, strict=0.9, speed=300.0, model=models.PHI4):
@@ -69,7 +69,7 @@ def test_the_metadata_is_what_the_hub_reads(tmp_path):
 def test_a_dry_run_lists_exactly_what_would_be_sent(tiny_fp8):
     made = card.model_card(models.PHI4, [])
     files = card.publish(tiny_fp8, made, "me/mine")
-    there = {file.name for file in tiny_fp8.iterdir()} - {"MANIFEST.json"}
+    there = {file.name for file in tiny_fp8.path.iterdir()} - {"MANIFEST.json"}
     assert files[0] == "README.md" and set(files[1:]) == there
 
 
@@ -77,7 +77,8 @@ def test_nothing_is_published_without_a_token_or_from_a_damaged_checkpoint(tiny_
     made = card.model_card(models.PHI4, [])
     with pytest.raises(WorkbookError, match="no token"):
         card.publish(tiny_fp8, made, "me/mine", really=True)
-    copy = shutil.copytree(tiny_fp8, tmp_path / "copy")
+    copy = shutil.copytree(tiny_fp8.path, tmp_path / "copy")
+    opened = checkpoint.verified(copy)
     (copy / "config.json").write_text("{}")
     with pytest.raises(WorkbookError, match="config.json has"):
-        card.publish(copy, made, "me/mine")
+        card.publish(opened, made, "me/mine")

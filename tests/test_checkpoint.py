@@ -1,18 +1,23 @@
 """The census and the verification, against safetensors' own reading and real damage."""
 
+import hashlib
 import json
+import os
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import WorkbookError, checkpoint
+from helpers import WorkbookError, checkpoint, verification, workspace
 
 
 @pytest.fixture
 def copy(tiny_fp8, tmp_path):
-    return shutil.copytree(tiny_fp8, tmp_path / "copy")
+    """A user's copy, to be damaged; without the manifest, which would find the damage first."""
+    made = shutil.copytree(tiny_fp8.path, tmp_path / "copy")
+    (made / workspace.MANIFEST).unlink()
+    return made
 
 
 def edit(directory, **changes):
@@ -23,8 +28,8 @@ def edit(directory, **changes):
 
 
 def test_the_census_is_what_safetensors_loads(tiny_base):
-    loaded = load_file(tiny_base / "model.safetensors")
-    census = {t.name: t for t in checkpoint.census(tiny_base)}
+    loaded = load_file(tiny_base.path / "model.safetensors")
+    census = {t.name: t for t in tiny_base.tensors}
     assert census.keys() == loaded.keys()
     for name, tensor in loaded.items():
         assert census[name].shape == tuple(tensor.shape)
@@ -33,7 +38,7 @@ def test_the_census_is_what_safetensors_loads(tiny_base):
 
 
 def test_roles_and_types_add_up(tiny_fp8):
-    tensors = checkpoint.census(tiny_fp8)
+    tensors = tiny_fp8.tensors
     for table in (checkpoint.by_dtype(tensors), checkpoint.by_role(tensors)):
         assert table["bytes"].sum() == checkpoint.total_bytes(tensors)
         assert table["tensors"].sum() == len(tensors)
@@ -42,11 +47,11 @@ def test_roles_and_types_add_up(tiny_fp8):
 
 
 def test_llm_compressors_checkpoint_is_the_predicted_one_to_the_byte(tiny_base, tiny_fp8):
-    found = checkpoint.verify_fp8(tiny_base, tiny_fp8)
+    found = verification.verify_fp8(tiny_base, tiny_fp8)
     assert (found.quantized, found.ignored) == (16, ("lm_head",))
     assert found.predicted_bytes == found.actual_bytes
-    header = int.from_bytes((tiny_fp8 / "model.safetensors").read_bytes()[:8], "little")
-    assert (tiny_fp8 / "model.safetensors").stat().st_size == found.actual_bytes + header + 8
+    header = int.from_bytes((tiny_fp8.path / "model.safetensors").read_bytes()[:8], "little")
+    assert (tiny_fp8.path / "model.safetensors").stat().st_size == found.actual_bytes + header + 8
     assert 0.9 < found.worst_step <= 1 + 2**-4
 
 
@@ -63,22 +68,22 @@ LAYER = "model__layers__0__mlp__down_proj__weight"
     ({"lm_head__weight": torch.zeros(896, 256, dtype=torch.bfloat16)}, "not the base's"),
     ({"extra": torch.zeros(1)}, "extra is not expected"),
 ])
-def test_every_disagreement_is_named(tiny_base, copy, changes, says):
+def test_every_disagreement_is_named(tmp_workspace, tiny_base, copy, changes, says):
     edit(copy, **changes)
     with pytest.raises(WorkbookError, match=says):
-        checkpoint.verify_fp8(tiny_base, copy)
+        verification.verify_fp8(tiny_base, checkpoint.verified(copy))
 
 
 @pytest.mark.parametrize("block, says", [
     (None, "no quantization_config"), ({"ignore": [], "format": "float-quantized"}, "ignores"),
     ({"ignore": ["lm_head"], "format": "int-quantized"}, "int-quantized"),
 ])
-def test_a_wrong_quantization_config_is_named(tiny_base, copy, block, says):
+def test_a_wrong_quantization_config_is_named(tmp_workspace, tiny_base, copy, block, says):
     config = json.loads((copy / "config.json").read_text())
     config["quantization_config"] = block
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(WorkbookError, match=says):
-        checkpoint.verify_fp8(tiny_base, copy)
+        verification.verify_fp8(tiny_base, checkpoint.verified(copy))
 
 
 @pytest.mark.parametrize("cut, says", [(-1, "has .* bytes, its header announces"),
@@ -91,7 +96,7 @@ def test_a_truncated_file_is_named(copy, cut, says):
 
 
 def test_shards_are_read_by_their_index_and_a_missing_one_is_named(tiny_base, tmp_path):
-    tensors = load_file(tiny_base / "model.safetensors")
+    tensors = load_file(tiny_base.path / "model.safetensors")
     names = sorted(tensors)
     shards = {"a.safetensors": names[:9], "b.safetensors": names[9:]}
     for file, part in shards.items():
@@ -99,8 +104,8 @@ def test_shards_are_read_by_their_index_and_a_missing_one_is_named(tiny_base, tm
     placed = {name: file for file, part in shards.items() for name in part}
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": placed}))
-    whole = checkpoint.census(tiny_base)
-    assert checkpoint.total_bytes(checkpoint.census(tmp_path)) == checkpoint.total_bytes(whole)
+    assert (checkpoint.total_bytes(checkpoint.census(tmp_path))
+            == checkpoint.total_bytes(tiny_base.tensors))
     index.write_text(json.dumps({"weight_map": placed | {"ghost": "a.safetensors"}}))
     with pytest.raises(WorkbookError, match="disagree on ghost"):
         checkpoint.census(tmp_path)
@@ -112,3 +117,51 @@ def test_shards_are_read_by_their_index_and_a_missing_one_is_named(tiny_base, tm
 def test_a_tensor_that_is_not_there_is_a_sentence(tiny_base):
     with pytest.raises(WorkbookError, match="no tensor model.layers.99"):
         checkpoint.read_tensor(tiny_base, "model.layers.99")
+
+
+def test_the_fingerprint_follows_every_byte(tmp_path):
+    for name, content in {"a": "abc", "b": "abc", "c": "abd"}.items():
+        with workspace.building(tmp_path / name) as partial:
+            (partial / "weights").write_text(content)
+    a, b, c = (checkpoint.fingerprint(tmp_path / name) for name in "abc")
+    assert a == b != c
+
+
+def test_without_a_manifest_the_fingerprint_tells_retrained_weights_of_the_same_size(
+        tmp_workspace, copy, monkeypatch):
+    """Also with the old size and time, and each file is hashed once."""
+    weights = copy / "model.safetensors"
+    before, stat = checkpoint.verified(copy), weights.stat()
+    hashed = []
+    sha256 = workspace.sha256
+    monkeypatch.setattr(workspace, "sha256", lambda file: hashed.append(file.name) or sha256(file))
+    assert checkpoint.verified(copy).fingerprint == before.fingerprint and not hashed
+    with open(weights, "r+b") as handle:
+        handle.seek(-1, os.SEEK_END)
+        last = handle.read(1)[0]
+        handle.seek(-1, os.SEEK_END)
+        handle.write(bytes([last ^ 1]))
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    after = checkpoint.verified(copy)
+    assert hashed == ["model.safetensors"] and after.fingerprint != before.fingerprint
+
+
+def test_in_the_hubs_cache_the_blobs_names_are_the_sums(tmp_workspace, tiny_base, tmp_path,
+                                                        monkeypatch):
+    """The names are made by `helpers.hub`, which checks them; nothing is hashed again."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "1"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        content = (tiny_base.path / name).read_bytes()
+        blob = blobs / hashlib.sha256(content).hexdigest()
+        blob.write_bytes(content)
+        (snapshot / name).symlink_to(blob)
+    monkeypatch.setattr(workspace, "sha256", None)
+    found = checkpoint.verified(snapshot)
+    assert found.tensors == tiny_base.tensors
+    other = blobs / ("0" * 64)
+    (snapshot / "model.safetensors").resolve().rename(other)
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(other)
+    assert checkpoint.verified(snapshot).fingerprint != found.fingerprint

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import REPO
 
-from helpers import WorkbookError, course, hardware, ledger, models, streaming, workspace
+from helpers import WorkbookError, course, hardware, ledger, models, streaming
 
 
 def test_without_a_gpu_the_bundled_model_is_chosen(monkeypatch):
@@ -31,7 +31,7 @@ def test_a_result_is_recorded_with_the_checkpoints_fingerprint(
     opened = course.open_course()
     opened.record("quantize", "fp8", tiny_fp8, work={}, metrics={"modules": 16})
     (row,) = ledger.read()
-    assert row["checkpoint"] == workspace.fingerprint(tiny_fp8)
+    assert row["checkpoint"] == tiny_fp8.fingerprint
     assert (row["path"], row["model"]["profile"]) == (opened.mode.key, "tiny-phi4")
 
 

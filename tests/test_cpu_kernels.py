@@ -85,8 +85,9 @@ def test_w8a8_greedy_tokens_are_those_of_an_exact_emulation(tmp_path, tiny_base,
     prompts.write_text(json.dumps(
         [f"Question: {json.loads(line)['question']}\nAnswer:" for line in problems]))
     ran = subprocess.run(
-        [serving.serve_python(), GREEDY, tiny_fp8, prompts, tmp_path / "out.json"], cwd=tmp_path,
-        capture_output=True, text=True, env={**os.environ, cpu_kernels.VARIABLE: "w8a8"})
+        [serving.serve_python(), GREEDY, tiny_fp8.path, prompts, tmp_path / "out.json"],
+        cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, cpu_kernels.VARIABLE: "w8a8"})
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["kernels"] == ["CpuFp8W8A8LinearKernel"]

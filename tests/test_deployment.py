@@ -18,7 +18,7 @@ PHI4 = roofline.load_config(REPO / "data" / "phi4")
 
 @pytest.fixture
 def own(tiny_base):
-    return deployment.Deployment(tiny_base, "mine", 2048, 7_000_000)
+    return deployment.Deployment(tiny_base.path, "mine", 2048, 7_000_000)
 
 
 FROM_HUB = deployment.Deployment("me/phi-4-fp8", "phi-4-fp8", 16384, 15_691_827_200, gpus=2)
@@ -51,7 +51,7 @@ def test_the_image_is_of_the_version_that_is_tested():
 
 def test_the_docker_line_mounts_the_checkpoint_and_binds_to_this_machine(own, tiny_base):
     words = shlex.split(deployment.docker_run(own))
-    assert f"{tiny_base}:/model:ro" in words and "127.0.0.1:8000:8000" in words
+    assert f"{tiny_base.path}:/model:ro" in words and "127.0.0.1:8000:8000" in words
     assert words[words.index("-e") + 1] == "VLLM_API_KEY"  # its name; the value stays outside
     assert words[words.index(deployment.IMAGE) + 1:] == ["serve", *deployment.arguments(own)]
 
@@ -107,7 +107,7 @@ def test_flags_of_ones_own_are_in_every_command():
 def test_vllms_own_parser_takes_every_command(own, tiny_base):
     """Phi-4 by its config alone: parsing and vLLM's check of the sizes need no weights."""
     phi4 = str(REPO / "data" / "phi4")
-    commands = [[str(tiny_base), *deployment.arguments(own)[1:]]]
+    commands = [[str(tiny_base.path), *deployment.arguments(own)[1:]]]
     for machines in deployment.beyond_one_gpu(phi4).values():
         commands += [machine[2:] for machine in machines if "--headless" not in machine]
     commands += [[phi4, "--tensor-parallel-sise", "2"], [phi4, "--tensor-parallel-size", "3"],

@@ -31,8 +31,8 @@ def test_vllms_log_probabilities_are_transformers(reading, texts, tiny_base):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base.path)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base.path, dtype=torch.float32)
     differences = []
     for index, (prompt, continuation) in enumerate(texts):
         before = tokenizer(prompt, add_special_tokens=False).input_ids

@@ -30,7 +30,7 @@ except WorkbookError as error:
 @pytest.fixture
 def hub(tiny_base):
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
-    files = {name: (tiny_base / name).read_bytes() for name in names}
+    files = {name: (tiny_base.path / name).read_bytes() for name in names}
     with serve(Hub("some/model", SHA, files | {"pytorch_model.bin": b"\x80pickle"})) as server:
         yield server
 

@@ -21,7 +21,7 @@ import lm_eval
 import pytest
 from conftest import REPO
 
-from helpers import WorkbookError, evaluation
+from helpers import WorkbookError, evaluation, models
 
 OFFICIAL = REPO.parent / "shared" / "gsm8k"
 TINY = SimpleNamespace(task="tiny_gsm8k")
@@ -52,7 +52,8 @@ def proxy(server, fails_after: int | None = None):
     number of requests. After `fails_after` answers every further one is 503.
     """
     front = SimpleNamespace(**{name: getattr(server, name) for name in (
-        "api_key", "model_name", "model", "kernel", "log_path", "log")}, seen={}, asked=0)
+        "api_key", "model_name", "model", "checkpoint", "kernel", "log_path", "log")},
+        seen={}, asked=0)
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -93,6 +94,7 @@ def idle():
     """What the functions that send nothing need of a server."""
     return SimpleNamespace(url="http://127.0.0.1:9", api_key="secret-key", model_name="tiny",
                            model=REPO / "data" / "tiny_phi4", kernel="unquantized",
+                           checkpoint=models.tiny().checkpoint,
                            log_path=Path("vllm.log"), log=lambda: "")
 
 
@@ -280,8 +282,9 @@ CHILD = """
 import json, sys
 from pathlib import Path
 from types import SimpleNamespace
-from helpers import evaluation
+from helpers import checkpoint, evaluation
 front = SimpleNamespace(**json.loads(sys.argv[1]))
+front.checkpoint = checkpoint.verified(front.model)
 evaluation.run(front, SimpleNamespace(task="tiny_gsm8k"), "bf16", limit=16, concurrency=2)
 """
 

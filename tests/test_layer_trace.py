@@ -12,7 +12,7 @@ DOWN = "model.layers.0.mlp.down_proj"
 @pytest.fixture(scope="module")
 def received(tiny_fp8):
     mode = hardware.serving_mode(hardware.detect())
-    flags = serving.default_flags(models.PROFILES["tiny-phi4"], mode)
+    flags = serving.default_flags(models.tiny(), mode)
     return layer_trace.received(tiny_fp8, DOWN, flags)
 
 

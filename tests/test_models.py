@@ -11,7 +11,7 @@ import sys
 import pytest
 from conftest import REPO
 
-from helpers import WorkbookError, hardware, hub, models, workspace
+from helpers import WorkbookError, checkpoint, hardware, hub, models, workspace
 
 GB = 10**9
 
@@ -72,22 +72,23 @@ def test_a_gpu_too_small_for_the_profile_is_a_sentence():
 
 def test_the_bundled_profile_is_the_bundled_directory(tiny_base):
     profile = models.tiny()
-    assert profile.path == tiny_base and profile.task == "tiny_gsm8k"
+    assert profile.checkpoint == tiny_base and profile.task == "tiny_gsm8k"
     assert 2_000_000 < profile.parameters < 5_000_000
     assert profile.bf16_bytes == 2 * profile.parameters
     assert profile.revision.startswith("sha256:")
     assert hub.obtain(profile) == tiny_base
 
 
-def test_a_directory_is_a_profile(tiny_base, tmp_path):
-    copy = shutil.copytree(tiny_base, tmp_path / "mine")
+def test_a_directory_is_a_profile(tmp_workspace, tiny_base, tmp_path):
+    copy = shutil.copytree(tiny_base.path, tmp_path / "mine")
     profile = models.choose(machine(), str(copy))
-    assert (profile.name, profile.source, profile.task) == ("mine", "directory", "tiny_gsm8k")
-    assert hub.obtain(profile) == copy
+    assert (profile.source, profile.task) == ("directory", "tiny_gsm8k")
+    assert profile.name == f"mine-{tiny_base.fingerprint[:8]}" and "mine" in profile.title
+    assert hub.obtain(profile).path == copy
 
 
 @pytest.mark.parametrize("damage, says", [
-    (lambda d: (d / "config.json").unlink(), "no config.json"),
+    (lambda d: (d / "config.json").unlink(), "there is no config.json"),
     (lambda d: (d / "config.json").write_text("{"), "not JSON"),
     (lambda d: (d / "config.json").write_text("{}"), "model_type"),
     (lambda d: (d / "pytorch_model.bin").write_bytes(b"\x80"), "pickled weights"),
@@ -97,10 +98,10 @@ def test_a_directory_is_a_profile(tiny_base, tmp_path):
     (lambda d: workspace.flip_a_bit(d / "model.safetensors"), "has changed since it was written"),
 ])
 def test_a_directory_that_is_no_usable_model_is_refused(tiny_base, tmp_path, damage, says):
-    copy = shutil.copytree(tiny_base, tmp_path / "mine")
+    copy = shutil.copytree(tiny_base.path, tmp_path / "mine")
     damage(copy)
     with pytest.raises(WorkbookError, match=says):
-        models.check_directory(copy)
+        checkpoint.verified(copy)
     with pytest.raises(WorkbookError):
         models.choose(machine(), str(copy))
 

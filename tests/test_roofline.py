@@ -31,8 +31,8 @@ def test_the_plan_of_a_config_is_the_model_transformers_builds():
 
 
 def test_the_plan_is_the_real_header_of_the_bundled_model(tiny_base):
-    real = {(t.name, t.dtype, t.shape, t.nbytes) for t in checkpoint.census(tiny_base)}
-    planned = roofline.tensors(roofline.load_config(tiny_base))
+    real = {(t.name, t.dtype, t.shape, t.nbytes) for t in tiny_base.tensors}
+    planned = roofline.tensors(roofline.load_config(tiny_base.path))
     assert real == {(t.name, t.dtype, t.shape, t.nbytes) for t in planned}
 
 
@@ -125,5 +125,5 @@ def test_the_widget_follows_its_menu():
 def test_kv_tokens_are_those_that_vllm_reports(fp8_server, tiny_base):
     """vLLM's own line at start-up, for the 1 GiB of KV cache that the server's flags give it."""
     reported = re.search(r"KV cache size: ([\d,]+) tokens", fp8_server.log())[1]
-    ours = roofline.kv_tokens(roofline.load_config(tiny_base), 2**30)
+    ours = roofline.kv_tokens(roofline.load_config(tiny_base.path), 2**30)
     assert ours == pytest.approx(int(reported.replace(",", "")), rel=0.05)

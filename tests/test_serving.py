@@ -18,17 +18,18 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from helpers import WorkbookError, hardware, models, server_log, serving, workspace
+from helpers import WorkbookError, checkpoint, hardware, models, server_log, serving, workspace
+from helpers.checkpoint import Checkpoint
 
 GONE_WITHIN = 10  # seconds
 
 # An owner of a server, in a process of its own: says which session the server is, then goes on.
 OWNER = """
 import os, sys, threading, time
-from helpers import hardware, models, serving
+from helpers import checkpoint, hardware, models, serving
 mode = hardware.serving_mode(hardware.detect())
-flags = serving.default_flags(models.PROFILES["tiny-phi4"], mode)
-server = serving.VllmServer(sys.argv[1], flags)
+flags = serving.default_flags(models.tiny(), mode)
+server = serving.VllmServer(checkpoint.verified(sys.argv[1]), flags)
 threading.Thread(target=server.start, daemon=True).start()
 while len(serving.processes(server)) < 3:  # the supervisor, the API server, an engine
     time.sleep(0.2)
@@ -38,7 +39,7 @@ os.write(1, f"\\nsession {server.session}\\n".encode())  # whole, beside the thr
 
 def default_flags() -> list[str]:
     mode = hardware.serving_mode(hardware.detect())
-    return serving.default_flags(models.PROFILES["tiny-phi4"], mode)
+    return serving.default_flags(models.tiny(), mode)
 
 
 def left_after(session: int, seconds: float) -> list[str]:
@@ -51,8 +52,8 @@ def left_after(session: int, seconds: float) -> list[str]:
     return []
 
 
-def start_owner(model: Path, then: str) -> tuple[subprocess.Popen, int]:
-    owner = subprocess.Popen([sys.executable, "-c", OWNER + then, str(model)],
+def start_owner(model: Checkpoint, then: str) -> tuple[subprocess.Popen, int]:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER + then, model.path],
                              stdout=subprocess.PIPE, text=True)
     session = next(int(line.split()[1]) for line in owner.stdout if line.startswith("session"))
     return owner, session
@@ -142,7 +143,7 @@ def test_no_serving_environment(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["no config", "no weights", "half a file", "lost file"])
 def test_a_model_that_is_not_whole(damage, tmp_path, tmp_workspace, tiny_fp8):
-    model = Path(shutil.copytree(tiny_fp8, tmp_path / "model"))
+    model = Path(shutil.copytree(tiny_fp8.path, tmp_path / "model"))
     weights = model / "model.safetensors"
     if damage == "no config":
         (model / "config.json").unlink()
@@ -153,7 +154,7 @@ def test_a_model_that_is_not_whole(damage, tmp_path, tmp_workspace, tiny_fp8):
     else:
         (model / "tokenizer.json").unlink()
     with pytest.raises(WorkbookError):
-        serving.VllmServer(model).start()
+        serving.VllmServer(checkpoint.verified(model)).start()
     assert not list(workspace.root().glob("logs/*"))
 
 
@@ -162,12 +163,12 @@ def test_a_model_that_is_not_whole(damage, tmp_path, tmp_workspace, tiny_fp8):
 
 def test_a_server_that_dies_says_why(tmp_path, tmp_workspace, tiny_base):
     """The config promises a fifth layer that the weights do not have: the engine finds out."""
-    model = Path(shutil.copytree(tiny_base, tmp_path / "model"))
+    model = Path(shutil.copytree(tiny_base.path, tmp_path / "model"))
     config = json.loads((model / "config.json").read_text())
     config["num_hidden_layers"] += 1
     (model / "config.json").write_text(json.dumps(config))
     workspace.write_manifest(model)
-    server = serving.VllmServer(model, default_flags())
+    server = serving.VllmServer(checkpoint.verified(model), default_flags())
     with pytest.raises(WorkbookError, match="stopped while starting") as died:
         server.start()
     assert "not initialized from checkpoint" in died.value.meaning
@@ -254,8 +255,9 @@ def test_gone_after_a_kernel_restart(tmp_workspace, tiny_fp8):
     try:
         said = []
         client.execute_interactive(
-            "from helpers import serving\n"
-            f"server = serving.VllmServer({str(tiny_fp8)!r}, {default_flags()!r}).start()\n"
+            "from helpers import checkpoint, serving\n"
+            f"model = checkpoint.verified({str(tiny_fp8.path)!r})\n"
+            f"server = serving.VllmServer(model, {default_flags()!r}).start()\n"
             "print('session', server.session)",
             output_hook=lambda message: said.append(message["content"]), timeout=600)
         text = "".join(content.get("text", "") for content in said)
@@ -294,5 +296,5 @@ def test_the_default_flags_of_a_path():
     ("INFO nothing of kernels\n", "not named in the log"),
 ])
 def test_the_kernels_of_a_gpu_are_read_from_the_log(tiny_fp8, tiny_base, log, kernel):
-    assert server_log.selected_kernel(tiny_fp8, log) == kernel
-    assert server_log.selected_kernel(tiny_base, "") == "unquantized"
+    assert server_log.selected_kernel(tiny_fp8.config, log) == kernel
+    assert server_log.selected_kernel(tiny_base.config, "") == "unquantized"

@@ -1,5 +1,6 @@
 """Streaming against `model_free_ptq` and `oneshot`, byte for byte; killed, disturbed, at size."""
 
+import collections
 import contextlib
 import hashlib
 import json
@@ -15,7 +16,19 @@ import torch
 from conftest import REPO
 from safetensors.torch import load_file, save_file
 
-from helpers import WorkbookError, checkpoint, models, quantize, roofline, workspace
+from helpers import (
+    WorkbookError,
+    checkpoint,
+    course,
+    headers,
+    models,
+    quantize,
+    roofline,
+    serving,
+    verification,
+    workspace,
+)
+from helpers.checkpoint import Checkpoint
 
 sys.path.insert(0, str(REPO / "scripts"))
 import full_size  # noqa: E402
@@ -24,35 +37,38 @@ CONFIG = full_size.scaled(roofline.load_config(REPO / "data" / "phi4"), 100)
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory, tiny_base) -> Path:
+def sharded(tmp_path_factory, tiny_base):
     """The bundled model in three shards, its tensors dealt out in turn."""
     base = tmp_path_factory.mktemp("sharded")
-    tensors = load_file(tiny_base / "model.safetensors")
+    tensors = load_file(tiny_base.path / "model.safetensors")
     names = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
     weight_map = {tensor: names[i % 3] for i, tensor in enumerate(sorted(tensors))}
     for name in names:
         save_file({t: tensors[t] for t, n in weight_map.items() if n == name}, base / name)
     (base / "model.safetensors.index.json").write_text(json.dumps(
         {"metadata": {"total_size": 0}, "weight_map": weight_map}))
-    (base / "config.json").write_bytes((tiny_base / "config.json").read_bytes())
-    return base
+    (base / "config.json").write_bytes((tiny_base.path / "config.json").read_bytes())
+    workspace.write_manifest(base)
+    return checkpoint.verified(base)
 
 
-def model_free(base: Path, place: Path, ignore: list[str]) -> Path:
+def model_free(base: Checkpoint, place: Path, ignore: list[str]) -> Path:
     from llmcompressor import model_free_ptq
 
-    model_free_ptq(base, place, scheme="FP8_DYNAMIC", ignore=ignore, device="cpu")
+    model_free_ptq(base.path, place, scheme="FP8_DYNAMIC", ignore=ignore, device="cpu")
+    (place / workspace.MANIFEST).unlink()  # copied from the base
     return place
 
 
 def test_the_files_are_those_of_model_free_ptq_byte_for_byte(sharded, tmp_path):
     theirs = model_free(sharded, tmp_path / "theirs", ["lm_head", checkpoint.EMBEDDING])
     ours = quantize.stream(sharded, tmp_path / "ours")
-    workspace.verify(ours)
+    workspace.verify(ours.path)
     names = {file.name for file in theirs.iterdir()}
-    assert len(names) == 5 and names == {f.name for f in ours.iterdir()} - {workspace.MANIFEST}
+    added = {workspace.MANIFEST, checkpoint.MADE_FROM}
+    assert len(names) == 5 and names == {f.name for f in ours.path.iterdir()} - added
     for name in names:
-        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+        assert (ours.path / name).read_bytes() == (theirs / name).read_bytes(), name
 
 
 def test_a_block_of_one_row_makes_the_same_bytes(sharded, tmp_path, monkeypatch):
@@ -61,7 +77,7 @@ def test_a_block_of_one_row_makes_the_same_bytes(sharded, tmp_path, monkeypatch)
     whole = quantize.stream(sharded, tmp_path / "whole")
     monkeypatch.setattr(streaming, "BLOCK_BYTES", 100_001)  # of no row's size, and a ragged end
     cut = quantize.stream(sharded, tmp_path / "cut")
-    assert workspace.fingerprint(cut) == workspace.fingerprint(whole)
+    assert cut.fingerprint == whole.fingerprint
 
 
 def test_the_short_way_makes_the_same_codes_of_every_bf16_number():
@@ -96,34 +112,33 @@ def test_the_short_way_makes_the_same_codes_of_every_bf16_number():
 
 def test_the_sums_taken_while_writing_are_those_of_the_files(sharded, tmp_path):
     made = quantize.stream(sharded, tmp_path / "made")
-    for name, entry in workspace.read_manifest(made).items():
-        assert entry["sha256"] == hashlib.sha256((made / name).read_bytes()).hexdigest()
+    for name, entry in workspace.read_manifest(made.path).items():
+        assert entry["sha256"] == hashlib.sha256((made.path / name).read_bytes()).hexdigest()
 
 
 def test_the_tensors_are_oneshots_to_the_bit(tiny_base, tiny_fp8, tmp_path):
     made = quantize.stream(tiny_base, tmp_path / "made")
-    ours, theirs = (load_file(d / "model.safetensors") for d in (made, tiny_fp8))
+    ours, theirs = (load_file(d.path / "model.safetensors") for d in (made, tiny_fp8))
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert ours[name].dtype == theirs[name].dtype
         assert torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8)), name
-    assert checkpoint.verify_fp8(tiny_base, made).ignored == ("lm_head",)
+    assert verification.verify_fp8(tiny_base, made).ignored == ("lm_head",)
     assert scheme(made) == scheme(tiny_fp8)
 
 
-def scheme(place: Path) -> dict:
+def scheme(model: Checkpoint) -> dict:
     """What vLLM reads of a checkpoint's scheme; the rest says how the scales were found."""
-    (group,) = json.loads((place / "config.json").read_text())["quantization_config"][
-        "config_groups"].values()
+    (group,) = model.config["quantization_config"]["config_groups"].values()
     read = ("num_bits", "type", "strategy", "symmetric", "dynamic")
     return {part: {key: group[part][key] for key in read}
             for part in ("weights", "input_activations")} | {"targets": group["targets"]}
 
 
-def test_an_embedding_that_was_not_ignored_is_found_out(sharded, tmp_path):
+def test_an_embedding_that_was_not_ignored_is_found_out(tmp_workspace, sharded, tmp_path):
     wrong = model_free(sharded, tmp_path / "wrong", ["lm_head"])
     with pytest.raises(WorkbookError, match="model.embed_tokens"):
-        checkpoint.verify_fp8(sharded, wrong)
+        verification.verify_fp8(sharded, checkpoint.verified(wrong))
 
 
 def test_the_way_is_chosen_by_the_memory_that_is_free(tiny_base, monkeypatch):
@@ -143,25 +158,55 @@ def test_a_model_that_does_not_fit_is_streamed_and_said_so(
     from helpers import hardware
 
     monkeypatch.setattr(hardware, "available_ram", lambda: 1_000_000)
-    place = quantize.fp8_checkpoint(models.tiny(), tiny_base)
+    made = quantize.fp8_checkpoint(models.tiny(), tiny_base)
     assert "0.001 GB of RAM free: the model does not fit" in capsys.readouterr().out
     # oneshot leaves a recipe.yaml; streaming, which loads no model, does not
-    assert not (place / "recipe.yaml").exists()
+    assert not (made.path / "recipe.yaml").exists()
 
 
 @pytest.fixture(scope="module")
-def hundredth(tmp_path_factory) -> Path:
+def hundredth(tmp_path_factory):
     base = tmp_path_factory.mktemp("hundredth") / "base"
     full_size.write_base(base, CONFIG, seed=1)
-    return base
+    workspace.write_manifest(base)
+    return checkpoint.verified(base)
+
+
+def test_a_notebook_hashes_and_reads_each_file_once(
+        hundredth, tmp_workspace, monkeypatch):
+    """What notebook 06 does on a GPU: five rounds of two arms take six starts of a server."""
+    quantize.stream(hundredth, quantize.target(models.directory_profile(hundredth.path)))
+    counted = collections.Counter()
+
+    def count(module, name, what):
+        original = getattr(module, name)
+
+        def counting(file, *rest):
+            if what == "headers" or Path(file).suffix == ".safetensors":
+                counted[what, Path(file)] += 1
+            return original(file, *rest)
+
+        monkeypatch.setattr(module, name, counting)
+
+    count(headers, "read", "headers")
+    count(workspace, "sha256", "sums")
+    monkeypatch.setenv(models.VARIABLE, str(hundredth.path))
+    phi4 = course.open_course()
+    for arm, model in (phi4.arms() | {"bf16": phi4.base(), "fp8": phi4.fp8()}).items():
+        assert roofline.bytes_per_token(model.tensors) > 0, arm
+        for _ in range(3):
+            serving.VllmServer(model).checkpoint.require_unchanged()
+    verification.verify_fp8(phi4.base(), phi4.fp8())
+    assert len(counted) == 2 * 2 * full_size.SHARDS  # of two checkpoints
+    assert set(counted.values()) == {1}
 
 
 def test_a_killed_run_goes_on_at_its_shard_and_ends_with_the_same_bytes(
         hundredth, tmp_path, capsys):
     place, partial = tmp_path / "made", tmp_path / ".made.streaming"
-    code = ("import sys; from pathlib import Path; from helpers import quantize\n"
-            "quantize.stream(Path(sys.argv[1]), Path(sys.argv[2]))")
-    running = subprocess.Popen([sys.executable, "-c", code, hundredth, place], cwd=REPO)
+    code = ("import sys; from pathlib import Path; from helpers import checkpoint, quantize\n"
+            "quantize.stream(checkpoint.verified(sys.argv[1]), Path(sys.argv[2]))")
+    running = subprocess.Popen([sys.executable, "-c", code, hundredth.path, place], cwd=REPO)
     deadline = time.monotonic() + 120
     while not (list(partial.glob("*2-of-*.safetensors"))) and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -170,21 +215,21 @@ def test_a_killed_run_goes_on_at_its_shard_and_ends_with_the_same_bytes(
     kept = {f.name: f.stat().st_ino for f in partial.glob("*.safetensors")}
     assert 2 <= len(kept) < full_size.SHARDS and not place.exists()
 
-    quantize.stream(hundredth, place)
+    made = quantize.stream(hundredth, place)
     assert f"{len(kept)} of 6 shards are there" in capsys.readouterr().out
     assert kept.items() <= {f.name: f.stat().st_ino for f in place.iterdir()}.items()
     whole = quantize.stream(hundredth, tmp_path / "whole")
-    assert workspace.fingerprint(place) == workspace.fingerprint(whole)
+    assert made.fingerprint == whole.fingerprint
     assert not partial.exists()
 
 
 def test_what_was_begun_from_another_base_is_not_gone_on_with(sharded, tmp_path, capsys):
     partial = tmp_path / ".made.streaming"
     partial.mkdir()
-    (partial / "source.json").write_text("{}")
+    (partial / checkpoint.MADE_FROM).write_text("{}")
     (partial / "model-00001-of-00003.safetensors").write_bytes(b"another model's")
     made = quantize.stream(sharded, tmp_path / "made")
-    assert checkpoint.verify_fp8(sharded, made).quantized == 16
+    assert verification.verify_fp8(sharded, made).quantized == 16
     assert "interrupted" not in capsys.readouterr().out
 
 
@@ -212,7 +257,7 @@ def test_a_disk_full_half_way_keeps_what_is_done_and_goes_on(sharded, tmp_path, 
                 quantize.stream(sharded, disk / "made")
         subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
         made = quantize.stream(sharded, disk / "made")
-        assert checkpoint.verify_fp8(sharded, made).quantized == 16
+        assert verification.verify_fp8(sharded, made).quantized == 16
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -234,14 +279,14 @@ def test_the_proof_finds_one_wrong_code_and_cleans_up(hundredth, tmp_path):
     made = quantize.stream(hundredth, tmp_path / "made")
     assert full_size.verify(hundredth, made, CONFIG, seed=3)
     module = full_size.verify(hundredth, made, CONFIG, seed=3)[0]
-    for file in made.glob("*.safetensors"):
-        at = checkpoint.data_offsets(file).get(f"{module}.weight")
-        if at is not None:
-            with open(file, "r+b") as handle:
-                handle.seek(at)
-                code = handle.read(1)[0]
-                handle.seek(at)
-                handle.write(bytes([code ^ 1]))
+    weight = made.by_name[f"{module}.weight"]
+    with open(made.path / weight.file, "r+b") as handle:
+        handle.seek(weight.start)
+        code = handle.read(1)[0]
+        handle.seek(weight.start)
+        handle.write(bytes([code ^ 1]))
+    os.utime(made.path / weight.file, ns=(0, dict(
+        (name, time) for name, _, _, time in made.files)[weight.file]))  # found by its code alone
     with pytest.raises(WorkbookError, match="differs from E4M3 arithmetic"):
         full_size.verify(hundredth, made, CONFIG, seed=3)
 

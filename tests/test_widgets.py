@@ -8,14 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import WorkbookError, plots, scales, widgets
+from helpers import WorkbookError, checkpoint, plots, scales, widgets, workspace
 
 DOWN = "model.layers.0.mlp.down_proj"
 
 
 @pytest.fixture
-def copy(tiny_fp8, tmp_path):
-    return shutil.copytree(tiny_fp8, tmp_path / "copy")
+def copy(tmp_workspace, tiny_fp8, tmp_path):
+    """A user's copy, to be changed; without the manifest, which would find the change first."""
+    made = shutil.copytree(tiny_fp8.path, tmp_path / "copy")
+    (made / workspace.MANIFEST).unlink()
+    return made
 
 
 @pytest.fixture
@@ -46,8 +49,8 @@ def parts(widget):
 
 def test_channel_errors_and_maps_are_those_of_the_whole_tensors(tiny_base, tiny_fp8, monkeypatch):
     monkeypatch.setattr(scales, "SLICE", 100 * 768)  # so that the last slice is a short one
-    base = load_file(tiny_base / "model.safetensors")
-    stored = load_file(tiny_fp8 / "model.safetensors")
+    base = load_file(tiny_base.path / "model.safetensors")
+    stored = load_file(tiny_fp8.path / "model.safetensors")
     weight, scale = base[f"{DOWN}.weight"].double(), stored[f"{DOWN}.weight_scale"].double()
     noise = (stored[f"{DOWN}.weight"].double() * scale - weight).square().sum(1)
     found = scales.channel_error(tiny_base, tiny_fp8, DOWN)
@@ -100,14 +103,14 @@ BAD = pytest.mark.parametrize("changes, says", [
 def test_bad_scales_are_a_sentence(copy, changes, says):
     edit(copy, changes)
     with pytest.raises(WorkbookError) as caught:
-        scales.of(copy, DOWN)
+        scales.of(checkpoint.verified(copy), DOWN)
     assert says in str(caught.value)
 
 
 @BAD
 def test_each_is_a_sentence_in_the_explorer(tiny_base, copy, pictures, changes, says):
     edit(copy, changes)
-    shown = widgets.explorer(tiny_base, copy)
+    shown = widgets.explorer(tiny_base, checkpoint.verified(copy))
     parts(shown)[0]["module"].value = "gate_up_proj"
     drawn = list(pictures)
     parts(shown)[0]["module"].value = "down_proj"
@@ -118,30 +121,36 @@ def test_each_is_a_sentence_in_the_explorer(tiny_base, copy, pictures, changes, 
     assert pictures == drawn
 
 
-def test_a_base_of_another_model_is_a_sentence(tiny_base, tiny_fp8, tmp_path, pictures):
-    other = shutil.copytree(tiny_base, tmp_path / "other")
+def test_a_base_of_another_model_is_a_sentence(
+        tmp_workspace, tiny_base, tiny_fp8, tmp_path, pictures):
+    other = shutil.copytree(tiny_base.path, tmp_path / "other")
+    (other / workspace.MANIFEST).unlink()
     edit(other, {f"{DOWN}.weight": torch.ones(128, 768, dtype=torch.bfloat16)})
-    shown = widgets.explorer(other, tiny_fp8)
+    shown = widgets.explorer(checkpoint.verified(other), tiny_fp8)
     for view in ("weights", "error"):
         parts(shown)[0]["view"].value = view
         assert "is [128, 768] in other and [256, 768] in" in parts(shown)[2]
     file = other / "model.safetensors"
     save_file({n: t for n, t in load_file(file).items() if n != f"{DOWN}.weight"}, file)
     parts(shown)[0]["view"].value = "weights"
+    assert "other has been replaced since it was opened" in parts(shown)[2]
+    shown = widgets.explorer(checkpoint.verified(other), tiny_fp8)
+    parts(shown)[0]["view"].value = "weights"
     assert f"There is no tensor {DOWN}.weight in other" in parts(shown)[2]
-    assert len(pictures) == 1  # the scales, which need no base
+    assert len(pictures) == 2  # the scales, which need no base
 
 
-def test_an_index_that_is_none_is_a_sentence(tiny_base, copy):
+def test_an_index_that_is_none_is_a_sentence(copy):
     for content in ("{", "[]", '{"weight_map": 3}'):
         (copy / "model.safetensors.index.json").write_text(content)
-        assert "is no index of shards" in widgets.explorer(tiny_base, copy).value
+        with pytest.raises(WorkbookError, match="is no index of shards"):
+            checkpoint.verified(copy)
 
 
 def sparse(source, target, gigabytes=3):
     """The same checkpoint behind zeros that take no disk, so that its data begins beyond 2 GB."""
-    shutil.copytree(source, target)
-    tensors, end = load_file(source / "model.safetensors"), gigabytes * 2**30
+    shutil.copytree(source.path, target)
+    tensors, end = load_file(source.path / "model.safetensors"), gigabytes * 2**30
     header = {"zeros": {"dtype": "BF16", "shape": [end // 2], "data_offsets": [0, end]}}
     types = {torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
     for name, tensor in tensors.items():
@@ -153,7 +162,9 @@ def sparse(source, target, gigabytes=3):
         file.seek(gigabytes * 2**30, 1)
         for tensor in tensors.values():
             file.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return target
+    # The sum of gigabytes of zeros is not what is tried here.
+    workspace.write_manifest(target, {"model.safetensors": "0" * 64})
+    return checkpoint.just_written(target)
 
 
 def test_files_of_several_gigabytes_are_read_by_the_slice(tiny_base, tiny_fp8, tmp_path, pictures):
@@ -181,8 +192,9 @@ def test_an_unknown_module_is_a_sentence(tiny_fp8):
     ({"model.norm.weight": "model-00002.safetensors"}, "lacks model-00002.safetensors"),
     ({"model.nothing.weight": "model.safetensors"}, "disagree on model.nothing.weight"),
 ])
-def test_an_index_that_does_not_fit_is_a_sentence(tiny_base, copy, place, says):
+def test_an_index_that_does_not_fit_is_a_sentence(copy, place, says):
     names = load_file(copy / "model.safetensors")
     index = {"weight_map": dict.fromkeys(names, "model.safetensors") | place}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert says in widgets.explorer(tiny_base, copy).value
+    with pytest.raises(WorkbookError, match=says):
+        checkpoint.verified(copy)

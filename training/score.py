@@ -14,10 +14,10 @@ from training.write_card import write_card
 
 
 def main() -> None:
-    profile = models.PROFILES["tiny-phi4"]
+    profile = models.tiny()
     machine = hardware.detect()
     flags = serving.default_flags(profile, hardware.serving_mode(machine))
-    with serving.VllmServer(TARGET, flags) as server:
+    with serving.VllmServer(profile.checkpoint, flags) as server:
         scored = evaluation.run(server, profile, "bf16", limit=None, concurrency=16)
     filters = {}
     for name in ("strict-match", "flexible-extract"):

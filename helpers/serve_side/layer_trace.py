@@ -12,7 +12,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import WorkbookError, checkpoint, server_log, serving, workspace
+from helpers import WorkbookError, server_log, serving, workspace
+from helpers.checkpoint import Checkpoint
 
 ROWS = 1024  # of the identity matrix multiplied at once
 
@@ -27,7 +28,7 @@ class Received:
     product: object
 
 
-def received(fp8: Path, module: str, flags: list[str]) -> Received:
+def received(fp8: Checkpoint, module: str, flags: list[str]) -> Received:
     """What the kernel that vLLM chooses for `module` holds after loading the checkpoint `fp8`.
 
     `flags`: as `serving.VllmServer` gets them. vLLM is started for this, with no server, and is
@@ -36,8 +37,8 @@ def received(fp8: Path, module: str, flags: list[str]) -> Received:
     """
     from safetensors import safe_open
 
-    if f"{module}.weight_scale" not in {tensor.name for tensor in checkpoint.census(Path(fp8))}:
-        raise WorkbookError(f"{Path(fp8).name} has no FP8 module {module}.",
+    if f"{module}.weight_scale" not in fp8.by_name:
+        raise WorkbookError(f"{fp8.name} has no FP8 module {module}.",
                             "Names are those of the checkpoint's header.",
                             "scales.modules(path) lists the FP8 modules there are.")
     # In one process, so that the model can be reached; and the identity's rows make no graphs.
@@ -46,11 +47,11 @@ def received(fp8: Path, module: str, flags: list[str]) -> Received:
         file = Path(folder) / "received.safetensors"
         ran = subprocess.run(
             [serving.serve_python(), "-m", "helpers.serve_side.layer_trace", file, module,
-             "--model", fp8, "--enforce-eager", *flags],
+             "--model", fp8.path, "--enforce-eager", *flags],
             cwd=workspace.repo(), env=env, capture_output=True, text=True)
         if ran.returncode:
             meaning, remedy = server_log.explain(ran.stdout + ran.stderr, ran.returncode)
-            raise WorkbookError(f"vLLM could not show {module} of {Path(fp8).name}.", meaning,
+            raise WorkbookError(f"vLLM could not show {module} of {fp8.name}.", meaning,
                                 remedy)
         with safe_open(file, "pt") as answer:
             return Received(answer.metadata()["kernel"], answer.get_tensor("scale"),

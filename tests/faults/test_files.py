@@ -7,7 +7,7 @@ from helpers import WorkbookError, checkpoint
 
 @pytest.mark.fault("a safetensors file that was cut off")
 def test_a_truncated_shard(tiny_fp8, tmp_path, happened):
-    whole = next(tiny_fp8.glob("*.safetensors")).read_bytes()
+    whole = next(tiny_fp8.path.glob("*.safetensors")).read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-1000])
     with pytest.raises(WorkbookError, match="its header announces") as said:
         checkpoint.census(tmp_path)

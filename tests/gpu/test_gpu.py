@@ -12,7 +12,17 @@ import pytest
 import torch
 from conftest import REPO
 
-from helpers import fp8, hardware, ledger, models, roofline, server_log, serving, workspace
+from helpers import (
+    checkpoint,
+    fp8,
+    hardware,
+    ledger,
+    models,
+    roofline,
+    server_log,
+    serving,
+    workspace,
+)
 
 PHI4 = roofline.load_config(workspace.data("phi4"))
 SHAPES = {t.name.split(".")[-2]: t.shape for t in roofline.tensors(PHI4) if ".layers.0." in t.name
@@ -152,8 +162,8 @@ def speed(gpu, copy_bandwidth, tiny_fp8, tmp_path_factory):
             asked = {"flags": ["--model", str(model), *flags, *RANDOM, *more], "work": WORK,
                      "rounds": ROUNDS}
             known[arm, more], log = ask("speed.py", asked=json.dumps(asked))
-            record(arm, known[arm, more], server_log.selected_kernel(model, log), mode,
-                   copy_bandwidth)
+            kernel = server_log.selected_kernel(checkpoint.read_config(model), log)
+            record(arm, known[arm, more], kernel, mode, copy_bandwidth)
         return known[arm, more]
 
     return measure
@@ -164,8 +174,7 @@ def random_phi4(place, arm: str, tiny_fp8):
     """
     config = json.loads((workspace.data("phi4") / "config.json").read_text())
     if arm == "fp8":
-        written = json.loads((tiny_fp8 / "config.json").read_text())
-        config["quantization_config"] = written["quantization_config"]
+        config["quantization_config"] = tiny_fp8.config["quantization_config"]
     workspace.write_json(place / "config.json", config)
     return place
 

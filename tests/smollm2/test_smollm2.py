@@ -38,12 +38,12 @@ def stored(reader, name):
 
 
 def test_the_profile_tells_the_truth(model):
-    tensors, profile = checkpoint.census(model), models.SMOLLM2
+    tensors, profile = model.tensors, models.SMOLLM2
     assert sum(math.prod(t.shape) for t in tensors) == profile.parameters
     assert checkpoint.total_bytes(tensors) == profile.bf16_bytes
     assert checkpoint.total_bytes(checkpoint.predict_fp8(tensors)) == profile.fp8_bytes
-    assert {t.dtype for t in tensors} == {"BF16"} and workspace.is_whole(model)
-    assert "Apache License" in (model / "LICENSE").read_text()
+    assert {t.dtype for t in tensors} == {"BF16"} and workspace.is_whole(model.path)
+    assert "Apache License" in (model.path / "LICENSE").read_text()
 
 
 @pytest.mark.parametrize("ours, theirs", [
@@ -68,7 +68,7 @@ def test_llama_cpps_order_of_rotary_rows_is_undone(model, reader, ours, theirs, 
 
 
 def test_the_tokenizer_splits_digits_and_gives_text_back(model):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.path)
     text = "In 2024 she paid $1,234.50.\n\n  Don't ask — naïve?"
     ids = tokenizer(text).input_ids
     assert tokenizer.decode(ids) == text
@@ -78,11 +78,11 @@ def test_the_tokenizer_splits_digits_and_gives_text_back(model):
 
 
 def test_it_answers(model):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.path)
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answering = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    answering = transformers.AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.bfloat16)
     out = answering.generate(**asked, max_new_tokens=16, do_sample=False)
     assert "Paris" in tokenizer.decode(out[0, asked["input_ids"].shape[1]:])
 
