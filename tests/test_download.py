@@ -21,7 +21,7 @@ from helpers import WorkbookError, hub, models
 profile = dataclasses.replace(models.PHI4, repo="some/model", revision=sys.argv[1],
                               bf16_bytes=10**6)
 try:
-    print("path", hub.obtain(profile))
+    print("path", hub.obtain(profile).path)
 except WorkbookError as error:
     print(error)
 """
