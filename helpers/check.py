@@ -31,11 +31,11 @@ def _phi4() -> dict:
     return roofline.load_config(workspace.data("phi4"))
 
 
-def l40s_ceiling(answer) -> None:
-    """Notebook 00: tokens/s of one FP8 stream at 864 GB/s, to 1 %."""
+def rtx_a6000_ceiling(answer) -> None:
+    """Notebook 00: tokens/s of one FP8 stream at an RTX A6000's 768 GB/s, to 1 %."""
     from helpers import roofline
 
-    value = 864e9 / roofline.decode_bytes(_phi4(), "fp8")
+    value = 768e9 / roofline.decode_bytes(_phi4(), "fp8")
     _say(answer, _near(value, 0.01), "Bandwidth in bytes/s, over FP8 bytes per token.")
 
 

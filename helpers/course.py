@@ -130,13 +130,16 @@ class Course:
                         metrics=throughput.summary(rounds, arm))
 
     def __repr__(self) -> str:
-        gpus = ", ".join(gpu.name for gpu in self.machine.gpus) or "none"
+        gpus = ", ".join(gpu.name for gpu in self.machine.gpus)
+        count = self.profile.parameters
+        size = f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
         lines = {
             "machine": f"{self.machine.cpu_model}, {self.machine.cores} cores, "
-                       f"{self.machine.ram_bytes / 2**30:.0f} GiB RAM; GPU: {gpus}",
+                       f"{self.machine.ram_bytes / 2**30:.0f} GiB RAM, "
+                       f"{f'GPU: {gpus}' if gpus else 'no NVIDIA GPU'}",
             "mode": f"{self.mode.title}: {self.mode.why}",
-            "model": f"{self.profile.title}, {self.profile.parameters:,} parameters, "
-                     f"task {self.profile.task}"}
+            "model": f"{self.profile.title}, {size} parameters, scored on the task "
+                     f"{self.profile.task}"}
         if self.machine.note:
             lines["note"] = self.machine.note
         if models.arms(self.profile, self.machine) == ("fp8",):

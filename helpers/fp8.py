@@ -30,6 +30,7 @@ class Float8:
 E4M3 = Float8(3, 7, 448.0, None)  # S.1111.110 is 2^8 * (1 + 6/8); only S.1111.111 is NaN
 E5M2 = Float8(2, 15, 57344.0, 0b11111_00)  # S.11110.11 is 2^15 * (1 + 3/4); as IEEE 754 does it
 MAX = E4M3.max
+SMALLEST_NORMAL = 2.0**-6  # below it E4M3's numbers are subnormal: evenly spaced, 2^-9 apart
 _SIGN, _NAN = 128, 127
 # An E4M3 code moved into a float16's bits has the exponent bias 15 instead of 7: it reads as its
 # value times 2^-8.
@@ -97,6 +98,22 @@ def quantize_per_token(x):
     x = x.float()
     scale = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / MAX
     return encode(x / scale), scale
+
+
+def fates(x, scale: float) -> dict:
+    """What rounding x / scale to E4M3 does to each number of x, a float tensor of any shape.
+
+    "rounded to": x after rounding and scaling back, float32; four masks of x's shape, of which one
+    holds for every number: "clipped" (beyond 448 times the scale), "zero" (rounded to zero, or zero
+    before), "subnormal" (rounded to less than 2^-6 times the scale), "rounded" (all others).
+    """
+    x = x.float()
+    stored = decode(encode(x / scale))
+    # amax / (amax / 448) can come out a rounding error above 448.
+    clipped = x.abs().double() / scale > MAX * (1 + 1e-6)
+    zero, small = stored == 0, stored.abs() < SMALLEST_NORMAL
+    return {"rounded to": stored * scale, "clipped": clipped, "zero": zero,
+            "subnormal": small & ~zero, "rounded": ~small & ~clipped}
 
 
 def upcast(codes: torch.Tensor) -> torch.Tensor:

@@ -250,8 +250,8 @@ def serving_mode(machine: Machine) -> ServingMode:
     if matrix:
         return ServingMode(
             "cpu-w8a16", "cpu", "W8A16 on the CPU",
-            f"no GPU, and this CPU multiplies bf16 ({', '.join(matrix)}): FP8 weights are "
-            "unpacked to bf16 by the workbook's vLLM plugin")
+            f"no GPU, and this CPU multiplies bf16 ({', '.join(matrix)}), so the workbook's vLLM "
+            "plugin reads 8-bit weights, unpacks them to bf16 and leaves activations in 16 bits")
     return ServingMode(
         "cpu-unpacked", "cpu", "W8A16 on the CPU, unpacked",
         "no GPU, and this CPU has neither AMX nor AVX512-BF16: the workbook's vLLM plugin unpacks "
@@ -267,10 +267,12 @@ def gpu_mode(gpu: Gpu) -> ServingMode:
     has = f"{gpu.name} has compute capability {capability(gpu)}"
     if gpu.compute_capability >= W8A8_CAPABILITY:
         return ServingMode("gpu-w8a8", "cuda", "W8A8 on the GPU",
-                           f"{has} (8.9 or newer): FP8 weights and activations on tensor cores")
+                           f"{has} (8.9 or newer): 8-bit weights and activations on FP8 tensor "
+                           "cores")
     if gpu.compute_capability >= W8A16_CAPABILITY:
         return ServingMode("gpu-w8a16", "cuda", "W8A16 on the GPU",
-                           f"{has} (7.5 to 8.8): FP8 weights, 16-bit activations, Marlin kernels")
+                           f"{has} (7.5 to 8.8): 8-bit weights, unpacked to 16 bits by "
+                           "Marlin kernels, and 16-bit activations")
     return ServingMode(
         "none", "cpu", "no FP8 on this GPU",
         f"{has}, and FP8 in vLLM needs 7.5 or newer. Set CUDA_VISIBLE_DEVICES= (empty) to leave "

@@ -59,17 +59,25 @@ def decode_ceilings(table) -> None:
 
     `table`: `roofline.gpu_table`, one row a GPU. A bar is pale where the GPU cannot serve that arm.
     """
-    figure, axis = canvas(height=0.36 * len(table) + 1.2)
+    figure, axis = canvas(9, 0.36 * len(table) + 1.2)
     for row, (name, line) in enumerate(table.iterrows()):
-        axis.barh(row + 0.2, line["bf16 ceiling"], 0.38, color=BF16,
+        axis.barh(row - 0.2, line["bf16 ceiling"], 0.38, color=BF16,
                   alpha=1 if line["bf16 fits"] else 0.25)
-        axis.barh(row - 0.2, line["FP8 ceiling"], 0.38, color=FP8,
+        axis.barh(row + 0.2, line["FP8 ceiling"], 0.38, color=FP8,
                   alpha=1 if line["FP8 fits"] and line["FP8 kernel"] else 0.25)
         if name == "A40":
-            axis.plot([17], [row + 0.2], "D", color="black", ms=6, label="published: 17 and 32")
-            axis.plot([32], [row - 0.2], "D", color="black", ms=6)
-    axis.set_yticks(range(len(table)), table.index)
-    axis.invert_yaxis()
+            axis.axhspan(row - 0.5, row + 0.5, color="#dddddd", zorder=0)
+            axis.plot([17], [row - 0.2], "D", color="black", ms=5, label="published: 17 and 32")
+            axis.plot([32], [row + 0.2], "D", color="black", ms=5)
+    names = []
+    for name, line in table.iterrows():
+        memory = f"{line['memory, GB']} GB"
+        arithmetic = line["mode"] if line["FP8 kernel"] else "no FP8"
+        names.append(f"{name.removesuffix(memory).strip()}, {memory}, {arithmetic}")
+    axis.set_yticks(range(len(table)), names)
+    for label, name in zip(axis.get_yticklabels(), table.index, strict=True):
+        label.set_fontweight("bold" if name == "A40" else "normal")
+    axis.set_ylim(len(table) - 0.5, -0.5)  # slowest memory on top
     axis.barh([0], [0], color=BF16, label="bf16")
     axis.barh([0], [0], color=FP8, label="FP8")
     axis.legend(loc="upper right", frameon=False)

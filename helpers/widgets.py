@@ -1,10 +1,37 @@
-"""What a reader turns: the explorer of a checkpoint's scales, and the menu of GPUs."""
+"""What a reader turns: a scale, the explorer of a checkpoint's scales, the menu of GPUs."""
 
-from helpers import WorkbookError, plots, roofline, scales, value_plots, workspace
+from helpers import WorkbookError, plots, roofline, scale_plots, scales, value_plots, workspace
 from helpers.checkpoint import Checkpoint
+from helpers.fp8 import MAX
 
 VIEWS = ("scales", "weights", "error")
 MAPS = {"scale spread": lambda base, fp8: scales.spread_map(fp8), "SQNR, dB": scales.sqnr_map}
+
+
+def scale_slider(values):
+    """A slider over the scale of `values`, float tensor [n]; below it what clips and what drowns.
+
+    In powers of two times amax / 448, the scale that FP8_DYNAMIC takes.
+    """
+    import ipywidgets as ui
+
+    best = float(values.abs().max()) / MAX
+    powers = [(scale_plots.times(2.0**power), 2.0**power) for power in range(-6, 17)]
+    slider = ui.SelectionSlider(options=powers, value=1.0, description="scale",
+                                continuous_update=False, layout=ui.Layout(width="40em"))
+    words, picture = ui.HTML(), ui.Output()
+
+    def show(_=None):
+        scale = slider.value * best
+        words.value = (f"scale = {slider.label} amax / 448 = {scale:.3g}: "
+                       f"{scale_plots.in_words(values, scale)}")
+        picture.clear_output(wait=True)
+        with picture:
+            scale_plots.clips_and_drowns(values, [scale])
+
+    slider.observe(show, "value")
+    show()
+    return ui.VBox([slider, words, picture])
 
 
 def draw(base: Checkpoint, fp8: Checkpoint, module: str, view: str) -> None:
@@ -100,15 +127,6 @@ def _buttons(table, select) -> list:
             line.append(button)
         lines.append(ui.HBox(line))
     return lines
-
-
-def gpu_table(table):
-    """`roofline.gpu_table` as a reader sees it: a DataFrame of words and rounded ceilings."""
-    shown = table.round({"bf16 ceiling": 1, "FP8 ceiling": 1})
-    yes_or_no = {True: "yes", False: "no"}
-    shown["bf16 fits"] = table["bf16 fits"].map(yes_or_no)
-    shown["FP8 fits"] = table["FP8 fits"].map(yes_or_no).where(table["FP8 kernel"], "no kernel")
-    return shown.drop(columns="FP8 kernel")
 
 
 def budget_table(config: dict, name: str):
