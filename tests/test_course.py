@@ -18,6 +18,26 @@ def test_without_a_gpu_the_bundled_model_is_chosen(monkeypatch):
     assert opened.mode.title in repr(opened) and "tiny_gsm8k" in repr(opened)
 
 
+GPU = hardware.Gpu(0, "NVIDIA A40", 48 * 10**9, (8, 6), "580")
+
+
+@pytest.mark.parametrize("gpus, profile, says, says_not", [
+    ((), models.tiny(), ("no NVIDIA GPU", "8-bit weights", "activations in 16 bits",
+                         "3.5 million parameters, scored on the task tiny_gsm8k"), "GPU: "),
+    ((GPU,), models.PHI4, ("GPU: NVIDIA A40", "8.6 (7.5 to 8.8)", "16-bit activations",
+                           "14.7 billion parameters, scored on the task gsm8k"), "no NVIDIA GPU")])
+def test_the_first_output_says_in_words_what_machine_mode_and_model_are(
+    gpus, profile, says, says_not
+):
+    machine = hardware.Machine(gpus, "CPU", 8, frozenset({"amx_bf16"}), 64 * 2**30, 0, "", "", "")
+    opened = course.Course(machine, hardware.serving_mode(machine), profile)
+    words = " ".join(repr(opened).split())
+    assert all(phrase in words for phrase in says) and says_not not in words
+    assert [line.split()[0] for line in repr(opened).splitlines() if line[0] != " "] == [
+        "machine", "mode", "model"]
+    assert all(len(line) <= 100 for line in repr(opened).splitlines())
+
+
 def test_an_unknown_profile_stops_the_opening_with_the_known_names(monkeypatch):
     monkeypatch.setenv(models.VARIABLE, "phi-5")
     with pytest.raises(WorkbookError, match="tiny-phi4"):

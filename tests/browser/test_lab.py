@@ -150,6 +150,24 @@ def test_every_picture_is_there_and_says_in_words_what_it_shows(page):
 
 
 @START_HERE
+@pytest.mark.parametrize("key, says", [
+    ("ArrowLeft", "scale = 1/2 × amax / 448"), ("End", "scale = 65,536 × amax / 448"),
+    ("Home", "scale = 1/64 × amax / 448")])
+def test_the_slider_moves_the_scale(page, key, says):
+    """Both ends of the slider, and one step: the sentence, and another picture."""
+    cell = page.locator(".jp-CodeCell").filter(has_text="widgets.scale_slider(sample)")
+    picture, sentence = cell.locator("img"), cell.locator(".widget-html-content")
+    before = picture.get_attribute("src")
+    cell.locator(".noUi-handle").press(key)
+    expect(sentence).to_contain_text(says)
+    expect(picture).not_to_have_attribute("src", before)
+    expect(picture).to_have_count(1)
+    expect(picture).to_have_attribute("alt", re.compile(re.escape(says.removeprefix("scale = "))))
+    page.wait_for_timeout(1000)
+    cell.screenshot(path=SCREENSHOTS / f"{page.name}-slider-{key}.png")
+
+
+@START_HERE
 def test_the_menu_of_gpus_changes_sentence_and_table(page):
     cell = page.locator(".jp-CodeCell").filter(has_text="widgets.gpu_menu()")
     sentence, table = cell.locator(".widget-html-content"), cell.locator("table")
