@@ -49,7 +49,7 @@ def clips_and_drowns(values, scales) -> None:
     `values`: float tensor [n]; a scale of amax / 448 is the one that FP8_DYNAMIC takes.
     """
     scales = list(scales)
-    figure, axes = plots.canvas(4.6 * len(scales) + 1, 3.5, len(scales))
+    figure, axes = plots.canvas(3.4 * len(scales) + 2, 3.3, len(scales))
     axes = axes if len(scales) > 1 else [axes]
     best, said = float(values.abs().max()) / fp8.MAX, []
     for axis, scale in zip(axes, scales, strict=True):
@@ -127,7 +127,7 @@ def loud_row(matrix, loudness, errors: dict) -> None:
         right.plot(loudness, [100 * value for value in error], style, color=colour)
         high = next((i for i, value in enumerate(error) if value > 0.5), None)
         if high is None:  # it stays low: its name stands above the line
-            right.text(loudness[len(loudness) // 3], 100 * error[0] + 3, name, color=colour,
+            right.text(loudness[len(loudness) // 4], 100 * error[0] + 3, name, color=colour,
                        fontsize=9)
         else:
             right.text(loudness[high] / 2, 62, name.replace(", ", ",\n"), ha="right",

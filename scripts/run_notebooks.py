@@ -94,7 +94,7 @@ def shown(path: Path) -> str:
 
 
 def page(executed: list[Path]) -> str:
-    """One HTML page of executed notebooks, with a table of contents; links between them kept."""
+    """One HTML page of executed notebooks, with contents and the glossary; links kept."""
     from nbconvert import HTMLExporter
 
     whole = nbformat.v4.new_notebook()
@@ -110,10 +110,14 @@ def page(executed: list[Path]) -> str:
             cell.id = f"{path.stem[:2]}-{cell.id}"
             if cell.cell_type == "markdown":
                 cell.source = re.sub(r"\]\((\d\d_\w+)\.ipynb(#[^)]*)?\)", r"](#\1)", cell.source)
+                cell.source = cell.source.replace("](glossary.md)", "](#glossary)")
         whole.cells += nb.cells
         for mime, state in nb.metadata.get("widgets", {}).items():
             merged = whole.metadata.setdefault("widgets", {}).setdefault(mime, state)
             merged["state"].update(state["state"])
+    words = re.sub(r"\]\((\w+)\.ipynb\)", r"](#\1)", (NOTEBOOKS / "glossary.md").read_text())
+    whole.cells.append(nbformat.v4.new_markdown_cell(f'<hr><a id="glossary"></a>\n\n{words}'))
+    contents.append("- [Glossary](#glossary)")
     heading = "# The Phi-4 FP8 workbook\n\n" + "\n".join(contents)
     whole.cells.insert(0, nbformat.v4.new_markdown_cell(heading))
     name = {"metadata": {"name": "The Phi-4 FP8 workbook"}}

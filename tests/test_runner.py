@@ -87,11 +87,13 @@ def test_one_page_of_all_notebooks_with_working_links(tmp_path):
     first = write(tmp_path / "00_a.ipynb", "print('first words')")
     second = write(tmp_path / "01_b.ipynb", "1 + 1")
     nb = nbformat.read(first, as_version=4)
-    nb.cells[0].source += "\n\nNext: [the second](01_b.ipynb)"
+    nb.cells[0].source += "\n\nNext: [the second](01_b.ipynb), [words](glossary.md)"
     nb.cells[1].outputs = [new_output("stream", name="stdout", text="first words\n")]
     nbformat.write(nb, first)
     html = run_notebooks.page([first, second])
     assert html.count('href="#01_b"') == 2 and 'id="01_b"' in html  # contents, and the link
+    assert html.count('href="#glossary"') == 2 and html.count('id="glossary"') == 1
+    assert "the largest magnitude among" in html and 'href="#00_start_here"' in html
     assert "Title of 00_a" in html and "first words\n" in html
 
 

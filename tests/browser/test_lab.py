@@ -171,7 +171,11 @@ def test_the_slider_moves_the_scale(page, key, says):
 def test_the_menu_of_gpus_changes_sentence_and_table(page):
     cell = page.locator(".jp-CodeCell").filter(has_text="widgets.gpu_menu()")
     sentence, table = cell.locator(".widget-html-content"), cell.locator("table")
+    table.scroll_into_view_if_needed()
+    expect(table).to_contain_text("24.6")  # the A40's; a cell out of sight has no inner text
+    page.wait_for_timeout(1000)  # cells that come into sight are laid out, and move this one
     before = sentence.inner_text(), table.inner_text()
+    assert before[1]
     cell.get_by_label("GPU", exact=True).select_option("L4")
     expect(sentence).not_to_have_text(before[0])
     expect(table).to_contain_text("20.5")
