@@ -71,7 +71,7 @@ def clips_and_drowns(values, scales) -> None:
         axis.set_xlabel("magnitude of the number")
         axis.set_title(f"scale {times(scale / best)} amax / 448", loc="left", pad=12)
     axes[0].set_ylabel("relative error, %")
-    axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), markerscale=4)
+    axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.06, 1), markerscale=4)
     plots.show(figure, f"Relative error of {len(values)} numbers over their magnitude: "
                + "; ".join(said) + ".")
 
