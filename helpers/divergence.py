@@ -7,7 +7,9 @@ servers are asked one after the other, so they need not be up at once.
 
 from dataclasses import dataclass
 
-from helpers import WorkbookError
+import requests
+
+from helpers import WorkbookError, client
 
 VLLM_DEFAULT_TOP = 20  # vLLM's --max-logprobs, unless it is told otherwise
 
@@ -51,15 +53,11 @@ def read(server, arm: str, texts: list[tuple[str, str]],
 
 
 def _prompt_logprobs(server, tokens: list[int], top: int) -> list[dict[int, float]]:
-    import requests
-
     body = {"model": server.model_name, "prompt": tokens, "max_tokens": 1, "temperature": 0,
             "prompt_logprobs": top}
     try:
-        with requests.Session() as session:
-            session.trust_env = False  # never through a proxy
-            answer = session.post(f"{server.url}/v1/completions", json=body, timeout=1800,
-                                  headers={"Authorization": f"Bearer {server.api_key}"})
+        with client.session(server.api_key) as session:
+            answer = session.post(f"{server.url}/v1/completions", json=body)
     except requests.RequestException as error:
         raise WorkbookError(
             f"The server at {server.url} did not answer: {error}.",

@@ -17,24 +17,26 @@ class Progress:
     """One line that changes in a notebook and a terminal; in a plain file, a line per phase."""
 
     def __init__(self, title: str):
-        self._title, self._began, self._last = title, time.monotonic(), ""
+        self._title, self._began, self._last, self._phase = title, time.monotonic(), "", ""
         self._handle = None
         if in_notebook():
             from IPython.display import display
 
             self._handle = display({"text/plain": title}, raw=True, display_id=True)
 
-    def show(self, phase: str) -> None:
-        line = f"{self._title}: {phase}, {time.monotonic() - self._began:.0f} s"
+    def show(self, phase: str, detail: str = "") -> None:
+        """Say what is being done, and how far; `detail` may change often and needs no new line."""
+        words = f"{phase}, {detail}" if detail else phase
+        line = f"{self._title}: {words}, {time.monotonic() - self._began:.0f} s"
         if line == self._last:
             return
         if self._handle is not None:
             self._handle.update({"text/plain": line}, raw=True)
         elif sys.stdout.isatty():
             print(f"\r{line:<79}", end="", flush=True)
-        elif phase not in self._last:
+        elif phase != self._phase:
             print(line, flush=True)
-        self._last = line
+        self._last, self._phase = line, phase
 
     def close(self, line: str) -> None:
         if self._handle is not None:

@@ -1,7 +1,42 @@
-"""What a vLLM server's log says: what it is doing, which kernel it chose, why it died."""
+"""A vLLM server's log, and what it says: what vLLM is doing, its kernel, why it died."""
 
 import re
+import shutil
 import signal
+import time
+from pathlib import Path
+
+from helpers import WorkbookError, workspace
+
+
+def create(model_name: str, port: int) -> Path:
+    """A new, empty file for the log of a server, in the workspace's logs.
+
+    Raises `WorkbookError` where it cannot be written: all that is known of a server comes from it.
+    """
+    logs = workspace.root() / "logs"
+    served = re.sub(r"[^\w.-]+", "-", model_name)[:60]
+    path = logs / f"vllm-{served}-{time.strftime('%Y%m%d-%H%M%S')}-{port}.log"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(2**16))  # as much as a start says: a full disk is noticed now
+        path.write_bytes(b"")
+    except OSError as refused:
+        raise WorkbookError(
+            f"The server's log cannot be written: {path}.",
+            f"The system says: {refused.strerror}.",
+            "Free some disk there, or let PHI4_FP8_WORKSPACE name a folder that can be written.",
+        ) from None
+    return path
+
+
+def read(path: Path | None) -> str:
+    """What has been written to the log so far; nothing where there is none, or no longer."""
+    try:
+        return path.read_text(errors="replace") if path else ""
+    except OSError:
+        return ""
+
 
 _PHASES = (  # (what the log says, what vLLM is then doing), in order
     ("Starting vLLM server", "opening its port"),
@@ -30,27 +65,50 @@ def selected_kernel(config: dict, log: str) -> str:
 
 _PREFIX = re.compile(r"^(\(\w+[^)]*\) )?((INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ \[\S+\] )?")
 _RAISED = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|NotFound|Exceeded))(?::|$)")
+_ABORTED = re.compile(
+    r"terminate called (?:after throwing an instance of '(?P<type>.+?)'|without|recursively)")
 # Raised because of something that another process has already said.
 _SECOND_HAND = re.compile(
     r"EngineDeadError|Engine core initialization failed|WorkerProc initialization failed|"
     r"Executor failed|cancelled|See stack trace|See root cause")
 _REMEDIES = (  # (what the reason says, what to do), first match
+    (r"No space left on device|Errno 28",
+     "Free some disk where PHI4_FP8_WORKSPACE and TMPDIR point to."),
+    (r"Read-only file system|Errno 30|Permission denied|Errno 13",
+     "Let PHI4_FP8_WORKSPACE and TMPDIR name folders that can be written."),
+    (r"could not create a primitive|dnnl::error",
+     "oneDNN cannot compute this on this CPU, or not with the instructions that "
+     "ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY leave it: unset them, then start it again."),
+    (r"Too many open files|Errno 24", "Raise the limit of open files: `ulimit -n 4096`."),
+    (r"exit code: -7|SIGBUS",
+     "/dev/shm is full: free it, or give the container more of it (--shm-size)."),
     (r"SafetensorError|safetensors|incomplete metadata|header",
      "The weights are damaged: make the checkpoint again."),
     (r"Address already in use|Errno 98", "Start it again: another program took its port."),
     (r"unrecognized arguments|error: argument", "Correct the flags given to the server."),
     (r"out of memory|exit code: -9|No available memory|Free memory|KV cache is needed|"
-     r"larger than the maximum number of tokens|memory",
+     r"larger than the maximum number of tokens|bad_alloc|(?<!illegal )memory",
      "Stop other servers and programs that hold memory, or lower --max-model-len and "
      "--max-num-seqs."),
     (r"NVIDIA driver on your system is too old|driver version is insufficient",
      "Run `make preflight` in a terminal: it says which driver is needed."),
-    (r"exit code: -4|SIGILL",
+    (r"exit code: -4|SIGILL|Illegal instruction",
      "An instruction was refused, as AMX is before it is permitted: see that the workbook's plugin "
      "is installed in .venv-serve (`make setup`)."),
+    (r"exit code: -(6|11)\b|SIGABRT|SIGSEGV|C\+\+",
+     "Native code crashed: start it again, and if it does so again, report the end of the log to "
+     "vLLM."),
     (r"ModuleNotFoundError|ImportError|No module named|operator torchvision",
      "The serving environment is incomplete: run `make setup` again."),
 )
+
+
+def why_it_ended(path: Path, exit_code: int) -> tuple[str, str]:
+    """As `explain`, of the log at `path`; a log on a full disk lacks the end, which says why."""
+    if shutil.disk_usage(path.parent).free < 2**16:
+        return (f"The disk is full, and its log, {path.name}, could not be written to the end.",
+                f"Free some disk in {path.parent}, then start it again.")
+    return explain(read(path), exit_code)
 
 
 def explain(log: str, exit_code: int | None = None) -> tuple[str, str]:
@@ -68,8 +126,16 @@ def explain(log: str, exit_code: int | None = None) -> tuple[str, str]:
 
 
 def _raised(lines: list[str]) -> str:
-    """The first exception of the log that is not just the news of another one, with its message."""
+    """The first exception of the log that is not just the news of another one, with its message.
+
+    It may be a C++ one, which ends the process: the runtime then writes "terminate called after
+    throwing an instance of 'TYPE'" and, on the next line, "what():  MESSAGE".
+    """
     for at, line in enumerate(lines):
+        if abort := _ABORTED.search(line):
+            said = [more.partition("what():")[2].strip() for more in lines[at + 1:at + 4]]
+            message = next(filter(None, said), "it gave no reason")
+            return f"a C++ {abort['type'] or 'abort'}: {message}"[:600]
         raised = _RAISED.match(line)
         if not raised or _SECOND_HAND.search(line):
             continue

@@ -1,27 +1,26 @@
 """A vLLM server's whole life: start, ready, watch, stop.
 
-The notebook's process starts a supervisor (`python -m helpers.serving`, the second half of this
-file) in a session of its own, and the supervisor starts vLLM. A pipe runs from the notebook to the
-supervisor; when it closes, for whatever reason, SIGKILL included, the supervisor ends every
-process that vLLM started, and itself.
+The notebook's process starts a supervisor (`helpers.serve_side.supervisor`) in a session of its
+own, and the supervisor starts vLLM. A pipe runs from the notebook to the supervisor; when it
+closes, for whatever reason, SIGKILL included, the supervisor ends every process that vLLM started,
+and itself.
 """
 
 import contextlib
-import http.client
-import json
+import errno
 import os
+import pwd
 import secrets
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import psutil
+import requests
 
-from helpers import WorkbookError, checkpoint, server_log, workspace
+from helpers import WorkbookError, checkpoint, client, server_log, workspace
 from helpers.checkpoint import Checkpoint
 from helpers.progress import Progress
 from helpers.serve_side.supervisor import GRACE
@@ -35,7 +34,14 @@ MARLIN = ["--linear-backend", "marlin"]
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
     "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1", "NO_COLOR": "1",
+    # Phase, kernel and cause of death are read from its log, and the guard is middleware of its
+    # Python front end: what a reader has set for another vLLM must not take them away.
+    "VLLM_CONFIGURE_LOGGING": "1", "VLLM_LOGGING_CONFIG_PATH": "", "VLLM_LOGGING_LEVEL": "INFO",
+    "VLLM_LOGGING_PREFIX": "", "VLLM_USE_RUST_FRONTEND": "0",
 }
+
+# vLLM's own check of the key covers /v1 and a few more: this one covers every route but /health.
+GUARD = ["--middleware", "helpers.serve_side.guard.KeyGuard"]
 
 
 def serve_python() -> Path:
@@ -48,6 +54,20 @@ def serve_python() -> Path:
             "Run `make setup` in a terminal, at the top of the workbook.",
         )
     return python
+
+
+def environment() -> dict[str, str]:
+    """What a process in .venv-serve gets: this process's variables without proxies, and ours.
+
+    A user whom the system does not know, as in a container that runs as any uid, gets a home in the
+    workspace: vLLM would otherwise make a folder called ~ where it runs.
+    """
+    own = client.without_proxies(os.environ) | ENVIRONMENT
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        own = {"HOME": str(workspace.root() / "home"), "USER": str(os.getuid())} | own
+    return own
 
 
 def default_flags(profile, mode) -> list[str]:
@@ -74,8 +94,9 @@ class VllmServer:
     environment; `port` is taken if given, else a free one.
 
     Once started: `url`, `api_key`, `model_name`, `log_path`, `kernel` (the linear kernel that vLLM
-    chose, "unquantized" for a bf16 model) and `startup_seconds`. Raises `WorkbookError` when the
-    model has been replaced meanwhile, the port is taken, `.venv-serve` is missing, or vLLM dies.
+    chose, "unquantized" for a bf16 model) and `startup_seconds`. Every route but /health asks for
+    the key. Raises `WorkbookError` when the model has been replaced meanwhile, the port cannot be
+    used, its log cannot be written, `.venv-serve` is missing, or vLLM dies.
     """
 
     def __init__(self, model: Checkpoint, flags: list[str] = (), name: str | None = None,
@@ -83,7 +104,7 @@ class VllmServer:
         self.checkpoint = model
         self.model = model.path.resolve()
         self.flags = list(flags)
-        self.model_name = name or self.model.name
+        self.model_name = _checked_name(name or self.model.name)
         self.api_key = secrets.token_urlsafe(24)
         self.kernel = ""
         self.startup_seconds = 0.0
@@ -102,16 +123,14 @@ class VllmServer:
 
     def start(self) -> "VllmServer":
         """Start vLLM and return when it has generated a token."""
+        if self._supervisor is not None:
+            raise WorkbookError("The server is already running.",
+                                "A second start would leave the first one without an owner.",
+                                "Call stop() first, or make a second VllmServer.")
         self.checkpoint.require_unchanged()  # now, not after half a minute of vLLM's start
-        if self._port is not None:
-            _check_port(self._port)
-        port = self._port or _free_port()
+        port = _free_port() if self._port is None else _checked_port(self._port)
         self.url = f"http://127.0.0.1:{port}"
-        logs = workspace.root() / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        self.log_path = logs / f"vllm-{self.model_name}-{stamp}-{port}.log"
-        self.log_path.touch()
+        self.log_path = server_log.create(self.model_name, port)
         began = time.monotonic()
         progress = Progress(f"vLLM: {self.model_name}")
         self._supervisor = self._start_supervisor(port)
@@ -146,7 +165,7 @@ class VllmServer:
 
     def log(self) -> str:
         """What vLLM has written so far."""
-        return self.log_path.read_text(errors="replace") if self.log_path else ""
+        return server_log.read(self.log_path)
 
     def complete(self, prompt: str, max_tokens: int = 64, **sampling) -> str:
         """The continuation of `prompt`; greedy unless `sampling` says otherwise."""
@@ -163,10 +182,10 @@ class VllmServer:
         return [str(serve_python()), "-m", "vllm.entrypoints.openai.api_server",
                 "--model", str(self.model), "--served-model-name", self.model_name,
                 "--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log",
-                *self.flags]
+                *GUARD, *self.flags]
 
     def _start_supervisor(self, port: int) -> subprocess.Popen:
-        env = {**os.environ, **ENVIRONMENT, "VLLM_API_KEY": self.api_key, **self._env}
+        env = {**environment(), **self._env, "VLLM_API_KEY": self.api_key}
         if "uni" in self.flags:
             # vLLM 0.32's CPU platform turns `uni` back into `mp` unless this is off. The API
             # server still runs its engine in a process of its own, and still notices its death.
@@ -186,13 +205,13 @@ class VllmServer:
         while True:
             if self._supervisor.poll() is not None:
                 raise self._died(f"while starting, after {time.monotonic() - began:.0f} s")
-            if self._is_healthy():
+            if self._is_healthy() and self._listens():
                 break
             if time.monotonic() - began > STARTUP_TIMEOUT:
                 raise WorkbookError(
                     f"vLLM was not ready after {STARTUP_TIMEOUT / 60:.0f} minutes.",
                     f"The last it said: {server_log.last_line(self.log())}",
-                    f"Read its log, {self._log_name()}; a slow disk may need another start.",
+                    f"Read its log, {self.log_path}; a slow disk may need another start.",
                 )
             progress.show(server_log.phase(self.log()))
             time.sleep(0.25)
@@ -201,37 +220,47 @@ class VllmServer:
 
     def _is_healthy(self) -> bool:
         try:
-            with _OPENER.open(f"{self.url}/health", timeout=5):
-                return True
-        except (OSError, http.client.HTTPException):
+            with client.session() as session:
+                return session.get(f"{self.url}/health", timeout=5).ok
+        except requests.RequestException:
             return False
+
+    def _listens(self) -> bool:
+        """Whether it is our vLLM that has the port: whoever else took it must not get the key."""
+        port = int(self.url.rpartition(":")[2])
+        for process in processes(self):
+            with contextlib.suppress(psutil.Error):
+                if any(each.laddr.port == port and each.status == psutil.CONN_LISTEN
+                       for each in process.net_connections("tcp")):
+                    return True
+        return False
 
     def _post(self, route: str, body: dict) -> dict:
         if self._supervisor is None:
             raise WorkbookError("The server is not running.",
                                 "It was stopped, or never started.",
                                 "Use it inside its `with` block, or call start() first.")
-        request = urllib.request.Request(
-            self.url + route, data=json.dumps({"model": self.model_name, **body}).encode(),
-            headers={"Authorization": f"Bearer {self.api_key}",
-                     "Content-Type": "application/json"})
         try:
-            with _OPENER.open(request, timeout=STARTUP_TIMEOUT) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as refused:
-            if not self._is_dying():
-                said = refused.read().decode(errors="replace")
-                raise WorkbookError(
-                    f"vLLM refused the request (HTTP {refused.code}).",
-                    _message_of(said), "Change the request: its prompt, length or sampling.",
-                ) from None
-        except (OSError, http.client.HTTPException) as broken:
-            if not self._is_dying():
-                raise WorkbookError(
-                    "vLLM did not answer.", f"The connection broke: {broken}.",
-                    f"Read its log, {self._log_name()}, and start the server again.",
-                ) from None
-        raise self._died("while answering") from None
+            with client.session(self.api_key) as session:
+                answer = session.post(self.url + route, json={"model": self.model_name, **body})
+                if answer.ok:
+                    return answer.json()
+        except requests.exceptions.InvalidJSONError as wrong:
+            raise WorkbookError("The request or its answer is not JSON.", f"{wrong}.",
+                                "Change the request: JSON has no NaN, for instance.") from None
+        except requests.RequestException as broken:
+            if self._is_dying():
+                raise self._died("while answering") from None
+            raise WorkbookError(
+                "vLLM did not answer.", f"The connection broke: {broken}.",
+                f"Read its log, {self.log_path}, and start the server again.",
+            ) from None
+        # 4xx is about the request; only after 5xx may the engine be dead and the server about to be
+        if answer.status_code >= 500 and self._is_dying():
+            raise self._died("while answering")
+        raise WorkbookError(
+            f"vLLM refused the request (HTTP {answer.status_code}).", _message_of(answer),
+            "Change the request: its prompt, length or sampling.")
 
     def _is_dying(self) -> bool:
         """Whether vLLM ends within a few seconds, as it does when its engine has died."""
@@ -242,12 +271,9 @@ class VllmServer:
         return True
 
     def _died(self, when: str) -> WorkbookError:
-        meaning, remedy = server_log.explain(self.log(), self._supervisor.returncode)
+        meaning, remedy = server_log.why_it_ended(self.log_path, self._supervisor.returncode)
         return WorkbookError(f"vLLM stopped {when}.", meaning,
-                             f"{remedy} The whole log is in {self._log_name()}.")
-
-    def _log_name(self) -> str:
-        return str(self.log_path.relative_to(workspace.root().parent))
+                             f"{remedy} The whole log is in {self.log_path}.")
 
 
 def processes(server: VllmServer) -> list[psutil.Process]:
@@ -259,9 +285,6 @@ def processes(server: VllmServer) -> list[psutil.Process]:
                     and process.status() != psutil.STATUS_ZOMBIE):
                 found.append(process)
     return found
-
-
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
 
 
 def threads(model: Checkpoint) -> int:
@@ -282,20 +305,33 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _check_port(port: int) -> None:
+def _checked_port(port: int) -> int:
+    if not 1 <= port <= 65535:
+        raise WorkbookError(f"There is no port {port}.", "Ports are numbered from 1 to 65535.",
+                            "Leave `port` out and a free one is taken.")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as refused:
+            what = "is taken" if refused.errno == errno.EADDRINUSE else "cannot be used"
             raise WorkbookError(
-                f"Port {port} is taken.", f"The system says: {refused.strerror}.",
+                f"Port {port} {what}.", f"The system says: {refused.strerror}.",
                 "Leave `port` out and a free one is taken, or stop the program that uses it.",
             ) from None
+    return port
 
 
-def _message_of(body: str) -> str:
+def _checked_name(name: str) -> str:
+    if not name.strip() or not name.isprintable():
+        raise WorkbookError(f"{name!r} is no name for a model.",
+                            "Clients ask for the model by this name, in JSON.",
+                            "Give `name` letters, digits, and what else can be printed.")
+    return name
+
+
+def _message_of(answer: requests.Response) -> str:
     try:
-        return json.loads(body)["error"]["message"]
+        return answer.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        return body[:300] or "It gave no reason."
+        return answer.text[:300] or "It gave no reason."

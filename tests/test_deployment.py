@@ -51,16 +51,18 @@ def test_the_image_is_of_the_version_that_is_tested():
 
 def test_the_docker_line_mounts_the_checkpoint_and_binds_to_this_machine(own, tiny_base):
     words = shlex.split(deployment.docker_run(own))
-    assert f"{tiny_base.path}:/model:ro" in words and "127.0.0.1:8000:8000" in words
+    assert f"type=bind,source={tiny_base.path},target=/model,readonly=true" in words
+    assert "127.0.0.1:8000:8000" in words
     assert words[words.index("-e") + 1] == "VLLM_API_KEY"  # its name; the value stays outside
-    assert words[words.index(deployment.IMAGE) + 1:] == ["serve", *deployment.arguments(own)]
+    assert words[words.index("--entrypoint") + 1:][:2] == ["sh", deployment.IMAGE]
+    assert words[-len(deployment.arguments(own)):] == deployment.arguments(own)
 
 
 def test_the_compose_file_is_yaml_with_a_health_check_and_a_key_from_outside(own):
     for each, volumes in ((own, False), (FROM_HUB, True)):
         file = yaml.safe_load(deployment.compose(each))
         service = file["services"]["vllm"]
-        assert service["command"] == deployment.arguments(each)
+        assert service["command"][3:] == deployment.arguments(each)
         assert service["environment"]["VLLM_API_KEY"].startswith("${VLLM_API_KEY:?")
         assert "/health" in service["healthcheck"]["test"][-1]
         compile(service["healthcheck"]["test"][-1], "health", "exec")
@@ -71,7 +73,7 @@ def test_the_compose_file_is_yaml_with_a_health_check_and_a_key_from_outside(own
 
 def test_the_runpod_template_has_the_fields_of_its_api_and_room_for_the_weights():
     template = json.loads(deployment.runpod_template(FROM_HUB))
-    assert template["dockerStartCmd"] == deployment.arguments(FROM_HUB)
+    assert template["dockerStartCmd"][3:] == deployment.arguments(FROM_HUB)
     assert template["ports"] == ["8000/http"] and template["volumeInGb"] == 21
     known = {"name", "imageName", "category", "dockerEntrypoint", "dockerStartCmd", "env", "ports",
              "containerDiskInGb", "volumeInGb", "volumeMountPath", "isPublic", "isServerless"}
@@ -98,8 +100,8 @@ def test_flags_of_ones_own_are_in_every_command():
     shown = [deployment.docker_run(served),
              shlex.join(yaml.safe_load(deployment.compose(served))["services"]["vllm"]["command"]),
              shlex.join(json.loads(deployment.runpod_template(served))["dockerStartCmd"])]
-    shown += [shlex.join(machine) for machines in
-              deployment.beyond_one_gpu("me/phi-4-fp8", marlin).values() for machine in machines]
+    shown += [command for machines in
+              deployment.beyond_one_gpu("me/phi-4-fp8", marlin).values() for command in machines]
     assert all("--linear-backend marlin" in command for command in shown)
     assert "marlin" not in deployment.docker_run(FROM_HUB)
 
@@ -109,7 +111,8 @@ def test_vllms_own_parser_takes_every_command(own, tiny_base):
     phi4 = str(REPO / "data" / "phi4")
     commands = [[str(tiny_base.path), *deployment.arguments(own)[1:]]]
     for machines in deployment.beyond_one_gpu(phi4).values():
-        commands += [machine[2:] for machine in machines if "--headless" not in machine]
+        commands += [shlex.split(machine)[2:] for machine in machines
+                     if "--headless" not in machine]
     commands += [[phi4, "--tensor-parallel-sise", "2"], [phi4, "--tensor-parallel-size", "3"],
                  [phi4, "--max-model-len", "32768"]]
     # the flags that a GPU gets, and those of tests/gpu

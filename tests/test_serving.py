@@ -9,8 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,16 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from helpers import WorkbookError, checkpoint, hardware, models, server_log, serving, workspace
+from helpers import (
+    WorkbookError,
+    checkpoint,
+    client,
+    hardware,
+    models,
+    server_log,
+    serving,
+    workspace,
+)
 from helpers.checkpoint import Checkpoint
 
 GONE_WITHIN = 10  # seconds
@@ -75,7 +82,8 @@ def test_two_replicas_answer_behind_one_endpoint(tiny_fp8, fp8_server):
     with serving.VllmServer(tiny_fp8, [*default_flags(), "--data-parallel-size", "2"]) as server:
         with ThreadPoolExecutor(len(prompts)) as at_once:
             answers = list(at_once.map(lambda prompt: server.complete(prompt, 24), prompts))
-        metrics = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
+        metrics = client.session(server.api_key).get(f"{server.url}/metrics").text
+        assert client.session().get(f"{server.url}/metrics").status_code == 401
         session = server.session
     assert answers == [fp8_server.complete(prompt, 24) for prompt in prompts]
     served = {engine: float(count) for engine, count in re.findall(
@@ -86,7 +94,9 @@ def test_two_replicas_answer_behind_one_endpoint(tiny_fp8, fp8_server):
 
 def test_a_two_token_prompt_is_answered(fp8_server):
     """Stock vLLM 0.32 dies of it, with SIGILL, on a CPU with AMX."""
-    reply = fp8_server._post("/v1/completions", {"prompt": [5, 6], "max_tokens": 3})
+    reply = client.session(fp8_server.api_key).post(
+        f"{fp8_server.url}/v1/completions",
+        json={"model": fp8_server.model_name, "prompt": [5, 6], "max_tokens": 3}).json()
     assert reply["usage"]["prompt_tokens"] == 2
     assert reply["usage"]["completion_tokens"] >= 1
 
@@ -99,9 +109,10 @@ def test_the_kernel_is_read_from_the_log(fp8_server, bf16_server):
 
 
 def test_only_this_machine_and_only_with_the_key(fp8_server):
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(fp8_server.url + "/v1/models")
-    assert refused.value.code == 401
+    assert client.session().get(f"{fp8_server.url}/health").status_code == 200
+    for route in ("/v1/models", "/metrics", "/openapi.json", "/invocations"):
+        assert client.session().get(fp8_server.url + route).status_code == 401
+        assert client.session("another").get(fp8_server.url + route).status_code == 401
     family = serving.processes(fp8_server)
     assert len(family) >= 3
     listening = {c.laddr.ip for p in family for c in p.net_connections("inet")

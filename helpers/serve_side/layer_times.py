@@ -21,7 +21,7 @@ def measure(rows: int, columns: int):
 
     ran = subprocess.run([serving.serve_python(), "-m", "helpers.serve_side.layer_times", str(rows),
                           str(columns)], capture_output=True, text=True,
-                         env={**os.environ, **serving.ENVIRONMENT, "OMP_NUM_THREADS": "1"})
+                         env=serving.environment() | {"OMP_NUM_THREADS": "1"})
     if ran.returncode != 0:
         raise WorkbookError("The kernels could not be timed.",
                             (ran.stderr.strip().splitlines() or ["no reason was given"])[-1],

@@ -5,7 +5,6 @@ the product with the identity matrix has the rebuilt weights for its rows. The n
 starts the second half of this file in `.venv-serve`; a file brings the answer back.
 """
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -42,7 +41,7 @@ def received(fp8: Checkpoint, module: str, flags: list[str]) -> Received:
                             "Names are those of the checkpoint's header.",
                             "scales.modules(path) lists the FP8 modules there are.")
     # In one process, so that the model can be reached; and the identity's rows make no graphs.
-    env = os.environ | serving.ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    env = serving.environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "received.safetensors"
         ran = subprocess.run(

@@ -34,7 +34,8 @@ def supervise(parent: int, log_path: str, command: list[str]) -> int:
     asked_to_stop = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: asked_to_stop.append(True))
-    with tempfile.TemporaryDirectory(prefix="vllm-") as scratch, open(log_path, "wb") as log:
+    with (tempfile.TemporaryDirectory(prefix="vllm-", dir=socket_place()) as scratch,
+          open(log_path, "wb") as log):
         env["TMPDIR"] = scratch  # sockets and rendezvous files that a killed vLLM would leave
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env,
@@ -53,6 +54,19 @@ def supervise(parent: int, log_path: str, command: list[str]) -> int:
     return child.returncode if child.returncode is not None else 1
 
 
+def socket_place() -> str:
+    """A folder for vLLM's sockets, whose whole path may have 107 bytes (unix(7)).
+
+    vLLM's own part is a UUID of 36 characters, and the folder between is called vllm-XXXXXXXX.
+    Raises `OSError` where TMPDIR is too long and the usual places cannot be written.
+    """
+    for place in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):
+        if len(os.fsencode(place)) <= 50 and os.access(place, os.W_OK | os.X_OK):
+            return place
+    raise OSError(f"no temporary folder has a path short enough for a socket: set TMPDIR to one "
+                  f"of at most 50 bytes, not {tempfile.gettempdir()}")
+
+
 def end_descendants() -> None:
     """Kill every descendant, again and again until there is none: they may still be forking."""
     for _ in range(20):
@@ -66,5 +80,10 @@ def end_descendants() -> None:
 
 
 if __name__ == "__main__":
-    code = supervise(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    try:
+        code = supervise(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    except Exception as error:  # nobody reads this process's own output
+        with open(sys.argv[2], "a") as log:
+            log.write(f"{type(error).__name__}: {error}\n")
+        raise
     sys.exit(code if code >= 0 else 128 - code)
