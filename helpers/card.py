@@ -135,8 +135,7 @@ def _accuracy(rows: list[dict]) -> str:
             continue
         work, metrics = row["work"], row["metrics"]
         for kind in ("strict-match", "flexible-extract"):
-            right = round(metrics[kind] * work["limit"])
-            interval = stats.wilson([1] * right + [0] * (work["limit"] - right))
+            interval = stats.wilson(round(metrics[kind] * work["limit"]), work["limit"])
             lines.append(
                 f"| {title} | {work['task']}, {work['limit']:,}, {work['num_fewshot']} | {kind} | "
                 f"{metrics[kind]:.4f} ± {metrics[f'{kind}_stderr']:.4f} | {interval.low:.3f} to "

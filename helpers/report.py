@@ -75,8 +75,7 @@ def _metric(row: dict, claim: dict) -> tuple[float, float, float]:
     if claim["experiment"] == "throughput":
         return tuple(metrics[f"output_tok_s{end}"] for end in ("", "_min", "_max"))
     value, n = metrics[claim["work"].get("filter", "strict-match")], row["work"]["limit"]
-    right = round(value * n)
-    interval = stats.wilson([1] * right + [0] * (n - right))
+    interval = stats.wilson(round(value * n), n)
     return interval.value, interval.low, interval.high
 
 
