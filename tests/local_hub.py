@@ -74,7 +74,8 @@ def serve(hub: Hub) -> Iterator[Hub]:
                 return self.send(hub.page, body, {"Content-Type": "text/html"})
             if hub.fault:
                 return self.refuse(*{
-                    "gated": (401, "GatedRepo"), "missing": (404, "RepoNotFound"),
+                    "gated": (401, "GatedRepo"), "unknown": (401, ""),
+                    "missing": (404, "RepoNotFound"),
                     "busy": (429, ""), "broken": (503, "")}[hub.fault])
             if path.startswith("/api/models/") and path.count("/") == 4:
                 name = path.removeprefix("/api/models/")
@@ -128,7 +129,7 @@ def serve(hub: Hub) -> Iterator[Hub]:
             if hub.page:
                 return self.send(hub.page, True, {"Content-Type": "text/html"})
             if hub.fault:
-                return self.refuse(503, "")
+                return self.refuse(401 if hub.fault == "unknown" else 503, "")
             if path == "/api/validate-yaml":
                 return self.json({"errors": [], "warnings": []})
             if hub.read_only:
@@ -136,7 +137,7 @@ def serve(hub: Hub) -> Iterator[Hub]:
             if path == "/api/repos/create":
                 asked = json.loads(body)
                 name = f"{asked['organization']}/{asked['name']}"
-                hub.repos[name] = asked.get("private", False) and not hub.makes_public
+                hub.repos[name] = asked.get("visibility") == "private" and not hub.makes_public
                 return self.json({"url": f"{hub.url}/{name}", "name": name, "id": name})
             repo = "/".join(path.split("/")[3:5])
             if repo not in hub.repos:
