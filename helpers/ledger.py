@@ -268,6 +268,9 @@ def _commit() -> str:
 
 def main(names: list[str]) -> int:
     """Print the rows of the ledgers named, or of the workspace's."""
+    if lacking := [name for name in names if not Path(name).exists()]:
+        print(f"There is no file {', '.join(lacking)}.", file=sys.stderr)
+        return 1
     try:
         found = merge([Path(name) for name in names] or [default()])
     except WorkbookError as error:

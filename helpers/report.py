@@ -121,11 +121,12 @@ def readme_results() -> str:
     """The README's results as Markdown, from the ledgers committed under `data/measured`."""
     machines: dict[str, list[Path]] = {}
     for file in sorted(set(workspace.data("measured").glob("*.jsonl")) - {BENCH}):
-        last = ledger.read(file)[-1]
-        versions = last["versions"]
-        title = (f"{ledger_row.as_markdown(ledger_row.device(last))} (vLLM {versions['vllm']}, "
-                 f"llmcompressor {versions['llmcompressor']})")
-        machines.setdefault(title, []).append(file)
+        for last in ledger.read(file)[-1:]:
+            vllm, compressor = (ledger_row.as_markdown(last["versions"].get(name, "unknown"))
+                                for name in ("vllm", "llmcompressor"))
+            title = (f"{ledger_row.as_markdown(ledger_row.device(last))} (vLLM {vllm}, "
+                     f"llmcompressor {compressor})")
+            machines.setdefault(title, []).append(file)
     return "\n\n".join(
         f"On {title}, from " + " and ".join(
             f"[`{file.name}`](data/measured/{file.name})" for file in files) + ":\n\n"

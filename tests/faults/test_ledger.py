@@ -313,3 +313,11 @@ def test_the_command_line_says_a_sentence(tmp_path, module, happened):
                           env=os.environ | {"PHI4_FP8_WORKSPACE": str(tmp_path)})
     assert said.returncode == 1 and "cannot be read" in said.stderr
     happened(said.stderr)
+
+
+@pytest.mark.fault("a ledger's name that is mistyped")
+def test_a_mistyped_name(capsys, tmp_path, happened):
+    assert ledger.main([str(tmp_path / "leger.jsonl")]) == 1
+    said = capsys.readouterr().err
+    assert "There is no file" in said
+    happened(said)

@@ -271,3 +271,30 @@ def test_a_damaged_stamp(copy, stamp, happened):
     env.stamp.write_bytes(stamp)
     assert not environments.is_whole(env, copy)
     happened("the environment is made anew")
+
+
+@pytest.mark.fault("a user without a home, or with one that is not theirs")
+@pytest.mark.parametrize("home", [None, "", "/nonexistent", "/etc/hostname"])
+def test_no_home(home, happened):
+    environ = {k: v for k, v in os.environ.items() if k != "HOME"}
+    said = subprocess.run(["make", "--eval", "show: ; @echo $$HOME", "show"], cwd=REPO, text=True,
+                          env=environ | ({} if home is None else {"HOME": home}),
+                          capture_output=True, check=True).stdout
+    assert said.strip() == str(REPO / "workspace" / "home")
+    happened(f"{said.strip()} takes its place")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("a notebook run by a user without a home")
+def test_a_run_without_a_home(tmp_path, happened):
+    someone = ["unshare", "--user", "--map-user=54321"]
+    if subprocess.run([*someone, "true"], capture_output=True).returncode:
+        pytest.skip("this machine does not allow user namespaces")
+    environ = dict(os.environ, HOME=str(tmp_path / "home"), PHI4_FP8_PROFILE="tiny-phi4",
+                   PHI4_FP8_WORKSPACE=str(tmp_path / "workspace"))  # HOME: as make gives it
+    done = subprocess.run(
+        [*someone, sys.executable, REPO / "scripts" / "run_notebooks.py", "run", "00"],
+        cwd=REPO, capture_output=True, text=True, env=environ)
+    assert done.returncode == 0, done.stderr
+    assert "00_start_here.ipynb  done in" in done.stdout
+    happened("notebook 00 ran")
