@@ -19,7 +19,8 @@ SUM = "a" * 64
 @pytest.fixture
 def hub(tiny_base):
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
-    with serve(Hub("some/model", SHA, {n: (tiny_base / n).read_bytes() for n in names})) as server:
+    with serve(Hub("some/model", SHA, {
+            n: (tiny_base.path / n).read_bytes() for n in names})) as server:
         yield server
 
 
@@ -204,3 +205,24 @@ def test_settings_of_no_form(hub, tmp_path, environment, happened):
     assert "could not be downloaded" in said
     assert "HF_TOKEN" not in environment or "no token has" in said
     happened(said)
+
+
+@pytest.mark.fault("a cache on a read-only disk that holds the model")
+def test_a_whole_cache_that_is_read_only(hub, tmp_path, happened):
+    with mounted(tmp_path / "disk", "size=16m") as disk:
+        assert obtain(hub, disk).startswith("path ")
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        hub.asked.clear()
+        assert obtain(hub, disk) == f"path {snapshot(disk)}\n"
+    assert hub.asked == []
+    happened("it was used as it is")
+
+
+@pytest.mark.fault("two notebooks that download the same model at once")
+def test_two_downloads_at_once(hub, tmp_path, happened):
+    both = [subprocess.Popen([sys.executable, "-c", PROGRAM, SHA], cwd=REPO, text=True,
+                             stdout=subprocess.PIPE, env=settings(hub, tmp_path)) for _ in "12"]
+    said = [each.communicate(timeout=60)[0] for each in both]
+    assert said == [f"path {snapshot(tmp_path)}\n"] * 2
+    assert sorted(hub.fetched) == sorted(hub.files)  # each file once
+    happened("one fetched, the other waited")
