@@ -23,6 +23,7 @@ PARTS = {"model": {"profile": str, "repo": str, "revision": str},
 # Words without markup: "_" within a word only, no address, no mention, no dash that opens a rule.
 HARMLESS = re.compile(r"(?!.*(://|www\.|@\S|--))[A-Za-z0-9 .,:;()/+@%=-]+"
                       r"(_[A-Za-z0-9][A-Za-z0-9 .,:;()/+@%=-]*)*")
+LARGEST = 10**18  # of a count; a larger one overflows where it is computed with
 SHARES = ("strict-match", "flexible-extract")  # metrics between 0 and 1
 
 
@@ -43,6 +44,10 @@ def validate(row: object) -> str:
         for part, kind in parts.items():
             if part in row[field] and not _is(row[field][part], kind):
                 return f"{field}'s {part} is not {kind.__name__}"
+    for field in ("work", "metrics"):
+        for name, value in row[field].items():
+            if isinstance(value, int) and abs(value) > LARGEST:
+                return f"{field}'s {name} is a number that nothing has"
     for name, value in row["metrics"].items():
         if not (_is(value, int) or isinstance(value, float)):
             return f"metrics' {name} is not a number"

@@ -160,8 +160,10 @@ def test_a_row_without_its_error(file, happened):
 @pytest.mark.parametrize(("field", "part", "value"), [
     ("metrics", "strict-match", "0.9"), ("metrics", "strict-match", 90), ("metrics", "x", [1]),
     ("metrics", "x", True), ("work", "limit", "100"), ("work", "limit", 0),
+    ("work", "limit", 10**400), ("metrics", "bytes", 10**400),
     ("work", "num_fewshot", None), ("model", "profile", ["phi-4"]), ("hardware", "gpus", "A40"),
-    ("versions", "vllm", 32)])
+    ("versions", "vllm", 32)],
+    ids=lambda value: str(value)[:14])
 def test_a_row_of_wrong_types(file, field, part, value, happened):
     good = add(file)
     add(file)
