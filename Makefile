@@ -3,6 +3,10 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& command -v $$p && exit; done; echo python3)
 
+# Jupyter, uv and the hub's client keep things in a home. A container's user may have none, or "/".
+export HOME := $(shell if [ -d "$$HOME" ] && [ -w "$$HOME" ]; then echo "$$HOME"; \
+	else echo "$(CURDIR)/workspace/home"; fi)
+
 # Nothing here reports home.
 export DO_NOT_TRACK = 1
 export HF_HUB_DISABLE_TELEMETRY = 1

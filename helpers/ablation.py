@@ -322,12 +322,11 @@ def accuracy(model, tokenizer, rows: list[dict], formats: tuple[Format, ...] = F
             arms[format.name] = solved(model, tokenizer, rows)
     found = {}
     for name, right in arms.items():
-        interval = stats.wilson(right)
+        interval = stats.wilson(sum(right), len(right))
+        lost, gained = stats.lost_and_gained(base, right)
         found[name] = {
             "right": sum(right), "accuracy": interval.value, "low": interval.low,
-            "high": interval.high,
-            "lost": sum(a and not b for a, b in zip(base, right, strict=True)),
-            "gained": sum(b and not a for a, b in zip(base, right, strict=True)),
-            "p": stats.mcnemar(base, right)}
+            "high": interval.high, "lost": lost, "gained": gained,
+            "p": stats.mcnemar(lost, gained)}
     return pd.DataFrame(found).T.rename_axis("format").astype(
         {"right": int, "lost": int, "gained": int})

@@ -1,22 +1,30 @@
-"""The model card of one's own checkpoint, from the ledger and nothing else; and publishing it.
+"""The model card of one's own checkpoint, from the ledger and nothing else.
 
 Every figure on the card is a row of the ledger. What the ledger lacks, the card calls
-"not measured".
+"not measured". A row's texts are data: they pass through `ledger_row.as_markdown`.
 """
 
-from helpers import WorkbookError, ledger, serving, stats, workspace
-from helpers.checkpoint import Checkpoint
+import shlex
+from typing import TYPE_CHECKING
+
+from helpers import ledger, ledger_row, serving, stats
+from helpers.ledger_row import as_markdown
 from helpers.models import Profile
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
 NOT_MEASURED = "not measured"
-ARMS = {"bf16": "bf16 (base)", "fp8": "FP8"}
+FILTERS = ("strict-match", "flexible-extract")
+SPEED = ("output_tok_s", "output_tok_s_min", "output_tok_s_max")
+TITLES = {"bf16": "bf16 (base)", "fp8": "FP8"}
 RECIPE = '''from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 
 recipe = QuantizationModifier(targets="Linear", scheme="FP8_DYNAMIC", ignore=["lm_head"])
 oneshot(model=model, recipe=recipe)
 model.save_pretrained(directory, save_compressed=True)'''
-PATHS = """| hardware | what vLLM computes |
+ARITHMETIC = """| hardware | what vLLM computes |
 |---|---|
 | compute capability 8.9 and newer (Ada, Hopper, Blackwell) | FP8 weights and activations (W8A8) |
 | 7.5 to 8.8 (Turing, Ampere) | FP8 weights, 16-bit activations (W8A16) |
@@ -35,7 +43,7 @@ writes for the use at hand. FP8 may change rare behaviours that the benchmarks a
 test the checkpoint that you deploy, not its base."""
 
 
-def model_card(profile: Profile, rows: list[dict] | None = None):
+def model_card(profile: Profile, rows: list[dict] | None = None) -> "ModelCard":
     """A `huggingface_hub.ModelCard` for the profile's FP8 checkpoint.
 
     `rows`: ledger rows, the workspace's by default; only those of this profile are used, the
@@ -48,13 +56,13 @@ def model_card(profile: Profile, rows: list[dict] | None = None):
             if row["model"]["profile"] == profile.name]
     name = f"{profile.name}-fp8-dynamic"
     results = []
-    score = _newest(rows, "gsm8k", "fp8")
+    score = _score(rows, "fp8")
     if score:
         task = score["work"]["task"]
         results = [EvalResult(
             task_type="text-generation", dataset_type=task, dataset_name=task,
             metric_type="exact_match", metric_name=f"exact_match, {kind}",
-            metric_value=score["metrics"][kind]) for kind in ("strict-match", "flexible-extract")]
+            metric_value=score["metrics"][kind]) for kind in FILTERS]
     hub = profile.source == "hub"
     data = ModelCardData(
         model_name=name, language="en", pipeline_tag="text-generation", library_name="transformers",
@@ -66,21 +74,29 @@ def model_card(profile: Profile, rows: list[dict] | None = None):
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(profile, name, rows)}")
 
 
-def _newest(rows: list[dict], experiment: str, arm: str) -> dict | None:
+def _newest(rows: list[dict], experiment: str, arm: str, work: tuple[str, ...],
+            metrics: tuple[str, ...]) -> dict | None:
+    """The newest row of an experiment and arm that has these fields and figures."""
     found = [r for r in rows if (r["experiment"], r["arm"]) == (experiment, arm)
-             and r["work"].get("concurrency", 1) == 1]  # the card's speed is one stream's
+             and r["work"].get("concurrency", 1) == 1  # the card's speed is one stream's
+             and ledger_row.holds(r, work, metrics)]
     return found[-1] if found else None
+
+
+def _score(rows: list[dict], arm: str) -> dict | None:
+    return _newest(rows, "gsm8k", arm, ("task", "limit", "num_fewshot"), FILTERS)
 
 
 def _text(profile: Profile, name: str, rows: list[dict]) -> str:
     hub = profile.source == "hub"
     link = f"https://huggingface.co/{profile.repo}" if hub else "in its own directory"
-    base = f"[{profile.repo}]({link})" if hub else profile.title[0].upper() + profile.title[1:]
-    made = _newest(rows, "quantize", "fp8")
+    base = f"[{profile.repo}]({link})" if hub else as_markdown(
+        profile.title[0].upper() + profile.title[1:])
+    made = _newest(rows, "quantize", "fp8", (), ("modules", "bytes_before", "bytes_after"))
     size = (f"{made['metrics']['modules']} Linear layers in F8_E4M3; "
             f"{made['metrics']['bytes_before']:,} bytes of weights became "
             f"{made['metrics']['bytes_after']:,}." if made else f"Size: {NOT_MEASURED}.")
-    return f"""# {name}
+    return f"""# {as_markdown(name)}
 
 {base} at revision `{profile.revision}`, quantized to dynamic FP8 with LLM Compressor: weights with
 one scale per output channel, activations with one scale per token, found at run time; `lm_head`
@@ -95,14 +111,14 @@ and the embeddings stay in bf16. {size}
 ## Serving
 
 ```
-vllm serve {name} --max-model-len {profile.max_model_len}
-vllm serve {name} --max-model-len {profile.max_model_len} {' '.join(serving.MARLIN)}
+vllm serve {shlex.quote(name)} --max-model-len {profile.max_model_len}
+vllm serve {shlex.quote(name)} --max-model-len {profile.max_model_len} {shlex.join(serving.MARLIN)}
 ```
 
 No FP8 flag is needed; the scheme is in `config.json`, and the hardware decides the arithmetic. The
 second line is for Turing and Ampere:
 
-{PATHS}
+{ARITHMETIC}
 
 ## Accuracy
 
@@ -126,21 +142,23 @@ licence.
 
 def _accuracy(rows: list[dict]) -> str:
     lines = [
-        "| | task, rows, shots | filter | exact_match ± stderr | 95 % interval | path, kernel |",
+        "| | task, rows, shots | filter | exact_match ± stderr | 95 % interval | mode, kernel |",
         "|---|---|---|---|---|---|"]
-    for arm, title in ARMS.items():
-        row = _newest(rows, "gsm8k", arm)
+    for arm, title in TITLES.items():
+        row = _score(rows, arm)
         if row is None:
             lines.append(f"| {title} | | | {NOT_MEASURED} | | |")
             continue
         work, metrics = row["work"], row["metrics"]
-        for kind in ("strict-match", "flexible-extract"):
-            right = round(metrics[kind] * work["limit"])
-            interval = stats.wilson([1] * right + [0] * (work["limit"] - right))
+        for kind in FILTERS:
+            interval = stats.wilson(round(metrics[kind] * work["limit"]), work["limit"])
+            stderr = metrics.get(f"{kind}_stderr")
             lines.append(
-                f"| {title} | {work['task']}, {work['limit']:,}, {work['num_fewshot']} | {kind} | "
-                f"{metrics[kind]:.4f} ± {metrics[f'{kind}_stderr']:.4f} | {interval.low:.3f} to "
-                f"{interval.high:.3f} | {row['path']}, {row['kernel']} |")
+                f"| {title} | {as_markdown(work['task'])}, {work['limit']:,}, "
+                f"{work['num_fewshot']} | {kind} | {metrics[kind]:.4f}"
+                + (f" ± {stderr:.4f}" if stderr is not None else "")
+                + f" | {interval.low:.3f} to {interval.high:.3f} | "
+                f"{as_markdown(row['mode'])}, {as_markdown(row['kernel'])} |")
     return "\n".join(lines)
 
 
@@ -148,49 +166,15 @@ def _speed(rows: list[dict]) -> str:
     lines = [
         "| | generated tokens, streams, rounds | tokens/s, median (range) | hardware | kernel |",
         "|---|---|---|---|---|"]
-    for arm, title in ARMS.items():
-        row = _newest(rows, "throughput", arm)
+    for arm, title in TITLES.items():
+        row = _newest(rows, "throughput", arm, ("output_tokens", "concurrency", "rounds"), SPEED)
         if row is None:
             lines.append(f"| {title} | | {NOT_MEASURED} | | |")
             continue
         work, metrics = row["work"], row["metrics"]
-        device = ", ".join(row["hardware"]["gpus"]) or row["hardware"]["cpu"]
+        median, low, high = (metrics[name] for name in SPEED)
         lines.append(
             f"| {title} | {work['output_tokens']}, {work['concurrency']}, {work['rounds']} | "
-            f"{metrics['output_tok_s']:.1f} ({metrics['output_tok_s_min']:.1f} to "
-            f"{metrics['output_tok_s_max']:.1f}) | {device} | {row['kernel']} |")
+            f"{median:.1f} ({low:.1f} to {high:.1f}) | {as_markdown(ledger_row.device(row))} | "
+            f"{as_markdown(row['kernel'])} |")
     return "\n".join(lines)
-
-
-def to_be_published(checkpoint: Checkpoint) -> list[str]:
-    """The files that publishing would send: all of the checkpoint but its local manifest.
-
-    Raises `WorkbookError` when the checkpoint is not whole, or has no card yet.
-    """
-    workspace.verify(checkpoint.path)
-    names = sorted(str(file.relative_to(checkpoint.path)) for file in checkpoint.path.rglob("*")
-                   if file.is_file() and file.name != workspace.MANIFEST)
-    return ["README.md", *names]
-
-
-def publish(checkpoint: Checkpoint, card, repo: str, really: bool = False,
-            token: str | None = None):
-    """Upload a checkpoint with its card to the Hugging Face hub; without `really`, a dry run.
-
-    A dry run contacts nobody and returns the list of files. Returns the commit's address
-    otherwise. Raises `WorkbookError` without a token.
-    """
-    files = to_be_published(checkpoint)
-    if not really:
-        return files
-    if not token:
-        raise WorkbookError(
-            "There is no token to publish with.",
-            "Publishing writes to the hub under somebody's name.",
-            "Create a token with write permission on the hub, put it into HF_TOKEN and pass it on.")
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    api.create_repo(repo, exist_ok=True, private=True)
-    api.upload_folder(repo_id=repo, folder_path=checkpoint.path, allow_patterns=files[1:])
-    return card.push_to_hub(repo, token=token)

@@ -94,7 +94,7 @@ class Course:
         """Append a result to the ledger with this course's model, serving mode and checkpoint."""
         ledger.record(
             experiment, arm, work, metrics,
-            model=models.model_info(self.profile), path=self.mode.key, kernel=kernel,
+            model=models.model_info(self.profile), mode=self.mode.key, kernel=kernel,
             checkpoint=checkpoint.fingerprint,
         )
 
@@ -161,6 +161,7 @@ def open_course() -> Course:
     import pandas as pd
 
     pd.set_option("display.max_colwidth", None)  # a table that hides its words helps nobody
+    pd.set_option("display.html.use_mathjax", False)  # a dollar sign in a cell is a dollar sign
     machine = hardware.detect()
     return Course(machine, hardware.serving_mode(machine), models.choose(machine))
 

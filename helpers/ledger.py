@@ -1,7 +1,8 @@
 """Results with their provenance: appended as JSON lines, read back as tables.
 
-One line a result, under a lock, so that two notebooks may write at once. `python -m
-helpers.ledger [FILE ...]` prints it; several files (a class's, say) become one table.
+One line holds one result and is written under a lock, so that two notebooks may write at once.
+`python -m helpers.ledger [FILE ...]` prints the table; several files (a class's, say) become one.
+`helpers.ledger_row` says what a row is.
 """
 
 import fcntl
@@ -14,15 +15,13 @@ import warnings
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
-from helpers import hardware, workspace
+from helpers import WorkbookError, hardware, ledger_row, workspace
 
-SCHEMA = 1
-EXPERIMENTS = ("quantize", "serve", "gsm8k", "throughput", "bench-cpu")
-ARMS = ("bf16", "fp8", "q8_0")
-FIELDS = {"schema": int, "id": str, "time": str, "experiment": str, "arm": str, "model": dict,
-          "path": str, "kernel": str, "checkpoint": str, "work": dict, "metrics": dict,
-          "hardware": dict, "versions": dict, "commit": str}
+if TYPE_CHECKING:
+    import pandas as pd
+
 MAIN = ("arm", "work", "task", "limit", "num_fewshot", "output_tokens", "concurrency",
         "rounds")  # of the work
 NOTEBOOK_PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "lm-eval")
@@ -34,71 +33,81 @@ def default() -> Path:
     return workspace.root() / "ledger.jsonl"
 
 
-def record(experiment: str, arm: str, work: dict, metrics: dict, *, model: dict, path: str,
+def record(experiment: str, arm: str, work: dict, metrics: dict, *, model: dict, mode: str,
            kernel: str, checkpoint: str = "", ledger: Path | None = None) -> dict:
     """Append one result and return it as written.
 
     `work`: what was run, everything the figures depend on; `metrics`: name to figure, units in the
-    name; `model`: profile, repo, revision; `checkpoint`: the served directory's fingerprint.
-    Raises ValueError when the row is not of the ledger's form.
+    name; `model`: profile, repo, revision; `mode`: the serving mode's key; `checkpoint`: the served
+    directory's fingerprint. Raises ValueError when the row is not of the ledger's form, and
+    `WorkbookError` when it cannot be written; then the ledger is as it was.
     """
     row = {
-        "schema": SCHEMA, "id": uuid.uuid4().hex,
+        "schema": ledger_row.SCHEMA, "id": uuid.uuid4().hex,
         "time": datetime.now(UTC).isoformat("T", "seconds"),
-        "experiment": experiment, "arm": arm, "model": model, "path": path, "kernel": kernel,
+        "experiment": experiment, "arm": arm, "model": model, "mode": mode, "kernel": kernel,
         "checkpoint": checkpoint, "work": work, "metrics": metrics, "hardware": _hardware(),
         "versions": _versions(), "commit": _commit(),
     }
-    fault = validate(row)
+    fault = ledger_row.validate(row)
     if fault:
         raise ValueError(f"not a ledger row: {fault}")
-    line = (json.dumps(row) + "\n").encode()
-    with open(ledger or default(), "ab+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        # A line cut off by a dying writer must not swallow this one.
-        if file.seek(0, os.SEEK_END) and _last_byte(file) != b"\n":
-            line = b"\n" + line
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    place = ledger or default()
+    try:
+        with open(place, "ab+", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            _append(file, json.dumps(row).encode())
+    except OSError as error:
+        raise WorkbookError(
+            f"The result could not be added to {place}: {error.strerror or error}.",
+            "It was measured, and the ledger does not hold it; what the ledger held is kept.",
+            "Free some space, or set PHI4_FP8_WORKSPACE to a folder that you may write to, and run "
+            "this cell again.") from error
     return row
 
 
-def _last_byte(file) -> bytes:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1)
-
-
-def validate(row) -> str:
-    """What is wrong with a row, in words; "" when it is of the ledger's form."""
-    if not isinstance(row, dict):
-        return "not an object"
-    for field, kind in FIELDS.items():
-        if not isinstance(row.get(field), kind):
-            return f"{field} is not {kind.__name__}"
-    if row["schema"] != SCHEMA:
-        return f"schema {row['schema']}, this workbook reads {SCHEMA}"
-    if row["experiment"] not in EXPERIMENTS or row["arm"] not in ARMS:
-        return f"unknown experiment or arm: {row['experiment']}, {row['arm']}"
-    if not {"profile", "repo", "revision"} <= row["model"].keys():
-        return "model lacks profile, repo or revision"
-    return ""
+def _append(file: BinaryIO, line: bytes) -> None:
+    """Add a line, on the disk, or leave the file as it was. `file` has no buffer to write late."""
+    end = file.seek(0, os.SEEK_END)
+    # A line cut off by a dying writer must not swallow this one.
+    torn = end > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+    rest = (b"\n" if torn else b"") + line + b"\n"
+    try:
+        while rest:  # a disk that is nearly full takes a part first, and then refuses
+            rest = rest[file.write(rest):]
+        os.fsync(file.fileno())
+    except OSError:
+        os.ftruncate(file.fileno(), end)
+        raise
 
 
 def read(ledger: Path | None = None) -> list[dict]:
-    """All rows, oldest first. A damaged line is warned of and skipped; the rest is kept."""
+    """All rows, oldest first. A damaged line is warned of and skipped; the rest is kept.
+
+    Raises `WorkbookError` when there is a ledger that cannot be read.
+    """
     ledger = ledger or default()
-    if not ledger.exists():
+    try:
+        text = ledger.read_bytes().decode(errors="replace")
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise WorkbookError(
+            f"The ledger {ledger} cannot be read: {error.strerror}.",
+            "It holds every result so far; nothing in it has been touched.",
+            "Make it a file that you may read, or set PHI4_FP8_WORKSPACE to another folder."
+        ) from error
     rows = []
-    for number, line in enumerate(ledger.read_text(errors="replace").splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            fault = validate(row)
+            row = ledger_row.plain(ledger_row.converted(json.loads(line)))
+            fault = ledger_row.validate(row)
         except ValueError as error:
             fault = f"not JSON ({error})"
+        except RecursionError:
+            fault = "nested too deep"
         if fault:
             warnings.warn(f"{ledger.name}, line {number} is skipped: {fault}", stacklevel=2)
         else:
@@ -127,17 +136,16 @@ def latest(experiment: str, arm: str, profile: str | None = None,
     return None
 
 
-def table(rows: list[dict]):
+def table(rows: list[dict]) -> "pd.DataFrame":
     """A DataFrame, one line a result; the main of its work and metrics, shortened for reading."""
     import pandas as pd
 
-    def short(value):
-        return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(
-            value, int) else str(value)
+    def short(value: float) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
 
     lines = [{
         "time": row["time"][:16].replace("T", " "), "experiment": row["experiment"],
-        "arm": row["arm"], "model": row["model"]["profile"], "path": row["path"],
+        "arm": row["arm"], "model": row["model"]["profile"], "mode": row["mode"],
         "kernel": row["kernel"], "checkpoint": row["checkpoint"][:8],
         "work": ", ".join(f"{name} {row['work'][name]}" for name in MAIN if name in row["work"]),
         "metrics": ", ".join(f"{name} {short(value)}" for name, value in row["metrics"].items()
@@ -147,12 +155,28 @@ def table(rows: list[dict]):
 
 
 def published() -> list[dict]:
-    """Every published figure, with its source; `data/published.schema.json` is the form."""
-    return [row for file in sorted(workspace.data("published").glob("*.json"))
-            for row in json.loads(file.read_text())]
+    """Every published figure, with its source; `data/published.schema.json` is the form.
+
+    Raises `WorkbookError` for a file that is not of that form.
+    """
+    import jsonschema
+
+    form, rows = workspace.data("published.schema.json"), []
+    for file in sorted(workspace.data("published").glob("*.json")):
+        try:
+            found = json.loads(file.read_bytes())
+            jsonschema.validate(found, json.loads(form.read_bytes()))
+        except (OSError, ValueError, RecursionError, jsonschema.ValidationError) as error:
+            why = getattr(error, "message", None) or error
+            raise WorkbookError(
+                f"data/published/{file.name} does not hold published figures: {str(why)[:200]}.",
+                "Nothing can be set beside the figures in it.",
+                f"Restore it: git checkout -- data/published/{file.name}") from error
+        rows += found
+    return rows
 
 
-def published_table(experiment: str | None = None):
+def published_table(experiment: str | None = None) -> "pd.DataFrame":
     """The published gsm8k and throughput figures (or one of the two) as a DataFrame."""
     import pandas as pd
 
@@ -166,7 +190,7 @@ def published_table(experiment: str | None = None):
     } for row in rows])
 
 
-def benchmark_table():
+def benchmark_table() -> "pd.DataFrame":
     """Microsoft's benchmark table as published: what each asks, then percent right by model.
 
     A DataFrame of strings, a row a benchmark. A star is the source's own, and stands where it has
@@ -182,7 +206,7 @@ def benchmark_table():
     return pd.DataFrame.from_dict(table, orient="index")
 
 
-def open_llm_table():
+def open_llm_table() -> "pd.DataFrame":
     """What Red Hat published of Phi-4 in both arms: percent right by benchmark, and FP8's loss.
 
     A DataFrame with columns shots (NA for the average), bf16, FP8 and "FP8 - bf16", in points.
@@ -199,7 +223,7 @@ def open_llm_table():
     return shown.assign(**{"FP8 - bf16": (shown["FP8"] - shown["bf16"]).round(2)})
 
 
-def card_table():
+def card_table() -> "pd.DataFrame":
     """What Microsoft says of Phi-4 in its card and its report, in short: a DataFrame by topic."""
     import pandas as pd
 
@@ -242,7 +266,19 @@ def _commit() -> str:
         return ""
 
 
-if __name__ == "__main__":
-    named = [Path(name) for name in sys.argv[1:]]
-    found = merge(named or [default()])
+def main(names: list[str]) -> int:
+    """Print the rows of the ledgers named, or of the workspace's."""
+    if lacking := [name for name in names if not Path(name).exists()]:
+        print(f"There is no file {', '.join(lacking)}.", file=sys.stderr)
+        return 1
+    try:
+        found = merge([Path(name) for name in names] or [default()])
+    except WorkbookError as error:
+        print(error, file=sys.stderr)
+        return 1
     print(table(found).to_string(index=False) if found else "The ledger is empty.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

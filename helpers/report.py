@@ -5,10 +5,15 @@
 """
 
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from helpers import hardware, ledger, models, stats, workspace
+from helpers import WorkbookError, hardware, ledger, ledger_row, models, stats, workspace
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # What a row must share with the published one before the two may be called equal or different.
 # A speed also needs the same GPU; an accuracy does not depend on how fast it was computed.
@@ -19,14 +24,15 @@ SCALE = {"percent right": 0.01}
 BENCH = workspace.data("measured") / "bench-cpu.jsonl"
 
 
-def measured_beside_published(rows: list[dict] | None = None, profile: str | None = None):
+def measured_beside_published(rows: list[dict] | None = None,
+                              profile: str | None = None) -> "pd.DataFrame":
     """Every published gsm8k and throughput row with this ledger's figure and one verdict.
 
     `rows`: ledger rows, the workspace's ledger by default; `profile`: only that profile's rows.
-    A DataFrame with columns claim, published, measured, path, verdict. The verdict is "agrees" or
-    "differs" (is the published value inside the measured 95 % interval, or for a speed inside the
-    range of the rounds?) where the work was the same, and "not measured here" where it was not;
-    then "measured" says what was done instead.
+    A DataFrame with columns published claim, published, measured, mode, verdict. The verdict is
+    "agrees" or "differs" (is the published value inside the measured 95 % interval, or for a speed
+    inside the range of the rounds?) where the work was the same, and "not measured here" where it
+    was not; then "measured" says what was done instead.
     """
     import pandas as pd
 
@@ -40,7 +46,7 @@ def measured_beside_published(rows: list[dict] | None = None, profile: str | Non
             "published claim": claim["claim"],
             "published": _figure(claim["value"], claim["unit"]),
             "measured": _measured(row, claim) if row else "",
-            "path": f"{row['path']}, {row['kernel']}" if row else "",
+            "mode": f"{row['mode']}, {row['kernel']}" if row else "",
             "verdict": _verdict(row, claim),
         })
     return pd.DataFrame(table)
@@ -49,12 +55,19 @@ def measured_beside_published(rows: list[dict] | None = None, profile: str | Non
 def _latest(rows: list[dict], claim: dict, profile: str | None) -> dict | None:
     fitting = [r for r in rows
                if (r["experiment"], r["arm"]) == (claim["experiment"], claim["arm"])
-               and profile in (None, r["model"]["profile"])]
+               and profile in (None, r["model"]["profile"]) and _can_be_set_beside(r, claim)]
     same = [r for r in fitting if _same_work(r, claim)]
     # Else the nearest: one stream, and the number of rows that the claim is of, where it was run.
     single = [r for r in fitting if r["work"].get("concurrency", 1) == 1]
     nearest = [r for r in single if r["work"].get("limit") == claim["work"].get("limit")]
     return (same or nearest or single or [None])[-1]
+
+
+def _can_be_set_beside(row: dict, claim: dict) -> bool:
+    """Whether the row has what the claim is a figure of."""
+    if claim["experiment"] == "throughput":
+        return ledger_row.holds(row, (), ("output_tok_s", "output_tok_s_min", "output_tok_s_max"))
+    return ledger_row.holds(row, ("limit",), (claim["work"].get("filter", "strict-match"),))
 
 
 def _same_work(row: dict, claim: dict) -> bool:
@@ -75,8 +88,7 @@ def _metric(row: dict, claim: dict) -> tuple[float, float, float]:
     if claim["experiment"] == "throughput":
         return tuple(metrics[f"output_tok_s{end}"] for end in ("", "_min", "_max"))
     value, n = metrics[claim["work"].get("filter", "strict-match")], row["work"]["limit"]
-    right = round(value * n)
-    interval = stats.wilson([1] * right + [0] * (n - right))
+    interval = stats.wilson(round(value * n), n)
     return interval.value, interval.low, interval.high
 
 
@@ -107,16 +119,19 @@ def _verdict(row: dict | None, claim: dict) -> str:
 
 def readme_results() -> str:
     """The README's results as Markdown, from the ledgers committed under `data/measured`."""
-    machines = {}
+    machines: dict[str, list[Path]] = {}
     for file in sorted(set(workspace.data("measured").glob("*.jsonl")) - {BENCH}):
-        hardware, versions = (ledger.read(file)[-1][part] for part in ("hardware", "versions"))
-        device = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
-        title = f"{device} (vLLM {versions['vllm']}, llmcompressor {versions['llmcompressor']})"
-        machines.setdefault(title, []).append(file)
+        for last in ledger.read(file)[-1:]:
+            vllm, compressor = (ledger_row.as_markdown(last["versions"].get(name, "unknown"))
+                                for name in ("vllm", "llmcompressor"))
+            title = (f"{ledger_row.as_markdown(ledger_row.device(last))} (vLLM {vllm}, "
+                     f"llmcompressor {compressor})")
+            machines.setdefault(title, []).append(file)
     return "\n\n".join(
         f"On {title}, from " + " and ".join(
             f"[`{file.name}`](data/measured/{file.name})" for file in files) + ":\n\n"
-        + measured_beside_published(ledger.merge(files)).to_markdown(index=False)
+        + measured_beside_published(ledger.merge(files)).map(ledger_row.as_markdown).to_markdown(
+            index=False)
         for title, files in machines.items())
 
 
@@ -161,12 +176,23 @@ def write_readme() -> None:
     readme.write_text(text)
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] == ["--readme"]:
-        write_readme()
-    else:
+def main(arguments: list[str]) -> int:
+    """Print the table, or rewrite the README's with `--readme`."""
+    try:
+        if arguments == ["--readme"]:
+            write_readme()
+            return 0
         chosen = models.choose(hardware.detect()).name
-        print(tabulate(measured_beside_published(profile=chosen), headers="keys", showindex=False,
-                       tablefmt="simple_grid", maxcolwidths=[24, 9, 26, 22, 9]))
-        print("agrees, differs: the same model, task, rows and hardware as published. not measured "
-              "here:\nother work, which proves nothing about the published figure, either way.")
+        table = measured_beside_published(profile=chosen)
+    except WorkbookError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(tabulate(table, headers="keys", showindex=False, tablefmt="simple_grid",
+                   maxcolwidths=[24, 9, 26, 22, 9]))
+    print("agrees, differs: the same model, task, rows and hardware as published. not measured "
+          "here:\nother work, which proves nothing about the published figure, either way.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

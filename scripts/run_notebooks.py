@@ -1,5 +1,6 @@
 """Execute the notebooks in order: `run [05]` into build/, `refresh` back into notebooks/."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -39,7 +40,7 @@ def execute(source: Path, target: Path, label: str) -> NotebookNode:
 
     Its working directory is the notebooks' own. Raises `NotebookStopped` when a cell fails.
     """
-    nb = nbformat.read(source, as_version=4)
+    nb = read(source)
     cells, tty, started = code_cells(nb), sys.stdout.isatty(), time.monotonic()
     for cell in nb.cells:
         if cell.cell_type == "code":
@@ -69,11 +70,37 @@ def execute(source: Path, target: Path, label: str) -> NotebookNode:
         state = "interrupted"
         raise KeyboardInterrupt from None
     finally:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(nb, target)
+        write(target, nbformat.writes(nb))
         line = f"{label}  {state} in {time.monotonic() - started:.0f} s"
         print(f"\r{line}\033[K" if tty else line, flush=True)
     return nb
+
+
+def write(target: Path, text: str) -> None:
+    """Write a file, all of it or none. Raises `NotebookStopped` where the disk does not take it."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
+        partial.replace(target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise NotebookStopped(
+            f"{shown(target)} could not be written: {error.strerror}. What was measured so far is "
+            "in the ledger. Free some space, or make the folder one that you may write to, and run "
+            "the same command again.") from None
+
+
+def read(path: Path) -> NotebookNode:
+    """A notebook. Raises `NotebookStopped` for a file that is none."""
+    try:
+        return nbformat.read(path, as_version=4)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise NotebookStopped(
+            f"{shown(path)} cannot be read as a notebook ({type(error).__name__}: "
+            f"{str(error)[:100]}). Restore it (git checkout -- {shown(path)}), or delete it where "
+            "it is in build/, and run the same command again.") from None
 
 
 def paragraph(name: str, nb: NotebookNode, begun: int, error: Exception, target: Path) -> str:
@@ -100,7 +127,7 @@ def page(executed: list[Path]) -> str:
     whole = nbformat.v4.new_notebook()
     contents = []
     for path in executed:
-        nb = nbformat.read(path, as_version=4)
+        nb = read(path)
         clean(nb, {})
         title = next((line[2:] for cell in nb.cells for line in cell.source.splitlines()
                       if line.startswith("# ")), path.stem)
@@ -130,7 +157,7 @@ def run(only: str = "") -> int:
     chosen, started = notebooks(only), time.monotonic()
     for i, path in enumerate(chosen, start=1):
         execute(path, BUILD / "notebooks" / path.name, f"[{i}/{len(chosen)}] {path.name}")
-    (BUILD / "workbook.html").write_text(page(sorted((BUILD / "notebooks").glob("[0-9]*.ipynb"))))
+    write(BUILD / "workbook.html", page(sorted((BUILD / "notebooks").glob("[0-9]*.ipynb"))))
     print(f"\n{len(chosen)} notebook(s) in {time.monotonic() - started:.0f} s. Executed: "
           "build/notebooks/; all on one page: build/workbook.html\n", flush=True)
     return subprocess.run([sys.executable, "-m", "helpers.report"], cwd=REPO).returncode
@@ -144,14 +171,15 @@ def refresh() -> int:
     workspace = BUILD / "refresh-workspace"
     shutil.rmtree(workspace, ignore_errors=True)
     os.environ.update(PHI4_FP8_WORKSPACE=str(workspace), PHI4_FP8_PROFILE="tiny-phi4")
-    places = {workspace: "workspace", REPO: "", Path.home(): "~"}
+    home = os.path.expanduser("~")  # "~" itself where there is no HOME
+    places = {workspace: "workspace", REPO: ""} | ({Path(home): "~"} if home != "~" else {})
     chosen, fresh = notebooks(), {}
     for i, path in enumerate(chosen, start=1):
         target = BUILD / "refreshed" / path.name
         fresh[path] = execute(path, target, f"[{i}/{len(chosen)}] {path.name}")
     for path, nb in fresh.items():  # only when all have run
         clean(nb, places)
-        nbformat.write(nb, path)
+        write(path, nbformat.writes(nb))
     MEASURED.parent.mkdir(exist_ok=True)
     shutil.copy(workspace / "ledger.jsonl", MEASURED)
     return subprocess.run([sys.executable, "-m", "helpers.report", "--readme"], cwd=REPO).returncode
@@ -162,6 +190,9 @@ def main(arguments: list[str]) -> int:
         return {"run": run, "refresh": refresh}[arguments[0]](*arguments[1:])
     except NotebookStopped as error:
         print(f"\n{error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"\nThe run stopped: {error}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nInterrupted. What was made so far is kept; the same command goes on from it.",

@@ -52,7 +52,7 @@ def test_a_result_is_recorded_with_the_checkpoints_fingerprint(
     opened.record("quantize", "fp8", tiny_fp8, work={}, metrics={"modules": 16})
     (row,) = ledger.read()
     assert row["checkpoint"] == tiny_fp8.fingerprint
-    assert (row["path"], row["model"]["profile"]) == (opened.mode.key, "tiny-phi4")
+    assert (row["mode"], row["model"]["profile"]) == (opened.mode.key, "tiny-phi4")
 
 
 def test_nothing_is_measured_again_when_the_ledger_has_it(

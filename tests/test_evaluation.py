@@ -310,7 +310,8 @@ def test_a_killed_evaluation_asks_only_for_the_missing_rows(bf16_server, tmp_wor
 
 
 def test_a_server_that_stops_answering_is_one_paragraph(bf16_server, tmp_workspace):
-    with proxy(bf16_server, fails_after=3) as front, pytest.raises(WorkbookError) as caught:
+    with (proxy(bf16_server, fails_after=3) as front,
+          pytest.raises(WorkbookError, match="did not answer a request") as caught):
         evaluation.run(front, TINY, "bf16", limit=6, concurrency=2)
     assert "3 of 6 answers" in caught.value.meaning
     assert "only the missing rows" in caught.value.remedy

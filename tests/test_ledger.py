@@ -16,7 +16,7 @@ MODEL = {"profile": "tiny-phi4", "repo": "bundled", "revision": "1"}
 def add(file, arm="fp8", n=1, **metrics):
     for _ in range(n):
         row = ledger.record("gsm8k", arm, {"limit": 100}, metrics or {"strict-match": 0.9},
-                            model=MODEL, path="cpu-w8a16", kernel="K", ledger=file)
+                            model=MODEL, mode="cpu-w8a16", kernel="K", ledger=file)
     return row
 
 

@@ -102,7 +102,7 @@ def test_a_directory_that_is_no_usable_model_is_refused(tiny_base, tmp_path, dam
     damage(copy)
     with pytest.raises(WorkbookError, match=says):
         checkpoint.verified(copy)
-    with pytest.raises(WorkbookError):
+    with pytest.raises(WorkbookError, match=says):
         models.choose(machine(), str(copy))
 
 

@@ -10,7 +10,7 @@ GSM8K = {"task": "gsm8k", "limit": 100, "num_fewshot": 5}
 
 def row(tmp_path, experiment="gsm8k", model=models.PHI4, work=GSM8K, hardware=None, **metrics):
     written = ledger.record(
-        experiment, "fp8", work, metrics, model=models.model_info(model), path="gpu-w8a8",
+        experiment, "fp8", work, metrics, model=models.model_info(model), mode="gpu-w8a8",
         kernel="K", ledger=tmp_path / "ledger.jsonl")
     return written | {"hardware": hardware or written["hardware"]}
 

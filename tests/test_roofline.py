@@ -100,7 +100,7 @@ def test_the_measured_bandwidth_of_this_machine_is_one_a_machine_can_have():
     found = roofline.read_bandwidth(SimpleNamespace(gpus=()))
     assert 1e9 < found.bytes_per_s < 1e12
     assert found.source.startswith("measured")
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match="NO_SUCH_NAME"):
         models.NO_SUCH_NAME  # noqa: B018
 
 

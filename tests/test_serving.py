@@ -152,8 +152,10 @@ def test_no_serving_environment(tmp_path, monkeypatch):
         serving.serve_python()
 
 
-@pytest.mark.parametrize("damage", ["no config", "no weights", "half a file", "lost file"])
-def test_a_model_that_is_not_whole(damage, tmp_path, tmp_workspace, tiny_fp8):
+@pytest.mark.parametrize(("damage", "says"), [
+    ("no config", "there is no config.json"), ("no weights", "no safetensors"),
+    ("half a file", "its header announces"), ("lost file", "tokenizer.json is missing")])
+def test_a_model_that_is_not_whole(damage, says, tmp_path, tmp_workspace, tiny_fp8):
     model = Path(shutil.copytree(tiny_fp8.path, tmp_path / "model"))
     weights = model / "model.safetensors"
     if damage == "no config":
@@ -164,7 +166,7 @@ def test_a_model_that_is_not_whole(damage, tmp_path, tmp_workspace, tiny_fp8):
         os.truncate(weights, weights.stat().st_size // 2)
     else:
         (model / "tokenizer.json").unlink()
-    with pytest.raises(WorkbookError):
+    with pytest.raises(WorkbookError, match=says):
         serving.VllmServer(checkpoint.verified(model)).start()
     assert not list(workspace.root().glob("logs/*"))
 

@@ -102,9 +102,8 @@ BAD = pytest.mark.parametrize("changes, says", [
 @BAD
 def test_bad_scales_are_a_sentence(copy, changes, says):
     edit(copy, changes)
-    with pytest.raises(WorkbookError) as caught:
+    with pytest.raises(WorkbookError, match=says):
         scales.of(checkpoint.verified(copy), DOWN)
-    assert says in str(caught.value)
 
 
 @BAD

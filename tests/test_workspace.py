@@ -91,7 +91,7 @@ def test_a_disk_that_fills_up_is_a_sentence_and_leaves_nothing(tmp_path):
 
 def test_write_json_keeps_the_old_content_when_the_new_cannot_be_written(tmp_path):
     workspace.write_json(tmp_path / "a.json", [1])
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="not JSON serializable"):
         workspace.write_json(tmp_path / "a.json", [object()])
     assert (tmp_path / "a.json").read_text() == "[\n 1\n]\n"
 

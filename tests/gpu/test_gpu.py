@@ -195,7 +195,7 @@ def record(arm: str, seconds: dict, kernel: str, mode, bandwidth: float) -> None
             "throughput", arm, {"input_tokens": prompt, "output_tokens": generated,
                                 "concurrency": streams, "rounds": ROUNDS}, metrics,
             model={"profile": "phi-4-random", "repo": "random weights", "revision": ""},
-            path=mode.key, kernel=kernel, ledger=REPO / "build" / "gpu.jsonl")
+            mode=mode.key, kernel=kernel, ledger=REPO / "build" / "gpu.jsonl")
 
 
 def share(arm: str, seconds: list[float], bandwidth: float) -> float:
