@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from helpers import cpu
+
 REPO = Path(__file__).resolve().parent.parent
 GB = 10**9
 
@@ -19,8 +21,6 @@ W8A16_CAPABILITY = (7, 5)
 # The oldest driver for each major CUDA, on which all its minor versions run. NVIDIA, CUDA
 # Compatibility, https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 OLDEST_DRIVER = {12: 525, 13: 580}
-# Instructions that multiply bf16 on a CPU, as /proc/cpuinfo names them.
-BF16_FEATURES = frozenset({"amx_bf16", "avx512_bf16"})
 
 @dataclass(frozen=True)
 class Gpu:
@@ -61,7 +61,7 @@ def detect(disk_path: Path | None = None) -> Machine:
     import psutil
 
     gpus, note = _gpus()
-    model, features = _cpu()
+    model, features = cpu.read()
     note = "; ".join(filter(None, (note, driver_fault(gpus))))
     return Machine(
         gpus=gpus,
@@ -210,14 +210,6 @@ def _nvidia_on_pci_bus() -> bool:
     )
 
 
-def _cpu() -> tuple[str, frozenset[str]]:
-    """The first processor's model name and feature flags in /proc/cpuinfo."""
-    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    fields = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
-    return fields.get("model name", platform.machine()), frozenset(fields.get("flags", "").split())
-
-
 def _container_memory() -> float:
     """The memory limit in bytes that a container sets for this process (cgroup v2), or infinity."""
     limit = Path("/sys/fs/cgroup/memory.max")
@@ -246,15 +238,16 @@ def serving_mode(machine: Machine) -> ServingMode:
     """
     if machine.gpus:
         return gpu_mode(best_gpu(machine))
-    matrix = sorted(machine.cpu_features & BF16_FEATURES)
-    if matrix:
+    lacks = cpu.lacking(machine.cpu_features)
+    if not lacks:
+        matrix = ", ".join(sorted(machine.cpu_features & cpu.BF16_FEATURES))
         return ServingMode(
             "cpu-w8a16", "cpu", "W8A16 on the CPU",
-            f"no GPU, and this CPU multiplies bf16 ({', '.join(matrix)}), so the workbook's vLLM "
+            f"no GPU, and this CPU multiplies bf16 ({matrix}), so the workbook's vLLM "
             "plugin reads 8-bit weights, unpacks them to bf16 and leaves activations in 16 bits")
     return ServingMode(
         "cpu-unpacked", "cpu", "W8A16 on the CPU, unpacked",
-        "no GPU, and this CPU has neither AMX nor AVX512-BF16: the workbook's vLLM plugin unpacks "
+        f"no GPU, and {lacks}: the workbook's vLLM plugin unpacks "
         "the FP8 weights to bf16 when it loads them, so neither time nor memory is saved")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from helpers import hardware
+from helpers import cpu, hardware
 from helpers.hardware import GB, ServingMode
 
 # What the bundled model's notebooks take: a server and a notebook kernel at once, and their files.
@@ -39,7 +39,7 @@ def preflight() -> list[Check]:
         _enough("disk", machine.disk_free_bytes, NEEDED_DISK, "free some space"),
         _enough("RAM", machine.ram_bytes, NEEDED_RAM, "use a larger machine"),
         Check(True, "CPU", f"{machine.cpu_model}, {machine.cores} cores; bf16 products: "
-              + (", ".join(sorted(machine.cpu_features & hardware.BF16_FEATURES)) or "none")),
+              + (", ".join(sorted(machine.cpu_features & cpu.BF16_FEATURES)) or "none")),
         Check(not hardware.driver_fault(machine.gpus), "GPU",
               (gpus or "none") + (f": {machine.note}" if machine.note else "")),
         _compiler(mode),

@@ -9,14 +9,15 @@ and dies with SIGILL ("Worker proc died unexpectedly (exit code: -4)") when noth
 It registers an FP8 linear kernel. For a checkpoint with one scale per output channel and dynamic
 per-token activations, vLLM 0.32 has a kernel for CPUs with AMX-FP8
 (`CPUFP8W8A8ScaledMMLinearKernel`; Diamond Rapids). Any other CPU gets
-`ChannelWiseTorchFP8ScaledMMLinearKernel`, which ends in oneDNN's reference loop: correct, and
-hundreds of times slower than bf16. Ours comes in two numerics, chosen by the environment variable
-PHI4_FP8_CPU_NUMERICS:
+`ChannelWiseTorchFP8ScaledMMLinearKernel`, which ends in oneDNN's reference loop: correct, and on
+the bundled model 5 times (AMD Zen 4) to 500 times (Intel with AMX) slower than bf16. Ours comes in
+two numerics, chosen by the environment variable PHI4_FP8_CPU_NUMERICS:
 
 w8a16   FP8 weights, 16-bit activations: what Marlin does on an Ampere GPU. The default. Where
-        vLLM's own W8A16 GEMM is built in (AVX512-BF16, AMX), half the bytes of bf16 are read per
-        token. On other CPUs, and for a layer that the GEMM does not take, the weights are unpacked
-        to bf16 once, when they are loaded: the speed of bf16, and its memory.
+        vLLM's own W8A16 GEMM is built in and runs (AVX512-BF16, with or without AMX), half the
+        bytes of bf16 are read per token. On other CPUs, and for a layer that the GEMM does not
+        take, the weights are unpacked to bf16 once, when they are loaded: the speed of bf16, and
+        its memory.
 w8a8    FP8 weights, activations quantized to FP8 per token, exact products, float32 sums. For
         comparing answers; slower. A GPU multiplies the same codes and scales; the sums of Hopper's
         FP8 tensor cores keep about 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2), and
@@ -55,6 +56,17 @@ no other implementation than `ref`; ONEDNN_VERBOSE=1 names it:
 memory: with `convert_weight_packed`, unit block scales, and the channel's scale multiplied
 afterwards.
 
+That op ends the process, and gives no reason in vLLM's own log, where oneDNN is kept from bf16:
+more than four rows go to torch's `brgemm`, which throws inside an OpenMP region. This prints
+"terminate called after throwing an instance of 'c10::Error'"; `_has_packed_gemm` decides so that it
+is never called there:
+
+    ONEDNN_MAX_CPU_ISA=AVX2 python -c "
+    import torch, vllm._custom_ops
+    packed = torch.ops._C.convert_weight_packed(torch.zeros(32, 128).to(torch.float8_e4m3fn))
+    torch.ops._C.fp8_scaled_mm_cpu(torch.ones(5, 128).bfloat16(), packed, torch.ones(1, 1),
+                                   [32, 128], None, torch.bfloat16, True)"
+
 That op reads subnormal codes, zero among them, as normal numbers (`packs_exactly`). This prints
 tensor([[1., ...]]), where it should print zeros:
 
@@ -75,6 +87,8 @@ from typing import TYPE_CHECKING
 from helpers.fp8 import FLOAT16_READING, upcast
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
 CHECKED_VLLM = "0.32.0"
@@ -82,6 +96,10 @@ VARIABLE = "PHI4_FP8_CPU_NUMERICS"
 NUMERICS = ("w8a16", "w8a8")  # the default first
 MOVED = ("The CPU FP8 kernel was written for vLLM %s and does not fit this one (%s: %s); vLLM's "
          "own, much slower kernel is used instead.")
+
+AMX_REFUSED = ("The operating system does not grant this process AMX, which vLLM's attention uses "
+               "on this CPU: it would end with SIGILL. Start it with --block-size 16, for which "
+               "its attention takes AVX512.")
 
 # The rows and columns of the packed weight come in tiles of 32, and activations are bfloat16:
 # vLLM's op aborts the process on anything else. 128 is its fixed block of K for the
@@ -112,7 +130,7 @@ def register() -> None:
 
         if not current_platform.is_cpu():
             return
-        _permit_amx()
+        _permit_amx(logger)
         if _has_packed_gemm():
             _try_packed_gemm()
         kernel = kernel_class(wanted or NUMERICS[0])
@@ -143,23 +161,28 @@ def requested_numerics(environ: dict | None = None) -> str | None:
     return value or None
 
 
-def _permit_amx() -> None:
+def _permit_amx(logger: logging.Logger) -> None:
     """Ask Linux for the AMX tile registers, which a process may not touch before it has asked."""
     import torch
 
-    if torch.cpu._is_amx_tile_supported():
-        torch.cpu._init_amx()
+    if torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx():
+        logger.warning(AMX_REFUSED)
 
 
+@functools.cache
 def _has_packed_gemm() -> bool:
-    """Whether vLLM's W8A16 GEMM is in the library loaded for this CPU.
+    """Whether vLLM's W8A16 GEMM is in the library that it has loaded, and this CPU can run it.
 
-    vLLM ships three builds; only the one it loads on a CPU with AVX512-BF16 has the op.
+    vLLM ships three builds, for AVX2, AVX512 and AVX512-BF16; only the last has the op. More than
+    four rows are multiplied by oneDNN, which can be kept from bf16 (`cpu.lacking`): the op
+    then ends the process, so it cannot be asked by trying.
     """
     import torch
     import vllm._custom_ops  # noqa: F401  loads the build that fits this CPU
 
-    return hasattr(torch.ops._C, "fp8_scaled_mm_cpu")
+    from helpers import cpu
+
+    return hasattr(torch.ops._C, "fp8_scaled_mm_cpu") and not cpu.lacking(cpu.read()[1])
 
 
 def _try_packed_gemm() -> None:
@@ -239,7 +262,8 @@ def packed_product(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     M = 2048, where it comes within 4 to 10 % (Zen 4, 2 cores, 1536 x 256 to 5120 x 5120): torch
     unpacks a code in several passes, the op in registers. Against oneDNN's bf16 product this one
     is 2 to 2.7 times as fast at M = 1 and 5120 x 5120, 0.75 to 0.95 times at M = 8 to 16, where
-    unpacking is all there is to wait for, and 0.9 to 1.0 times from M = 64 on.
+    unpacking is all there is to wait for, and 0.9 to 1.0 times from M = 64 on. On Intel with AMX,
+    2 cores, 5120 x 17920: 2.7 times at M = 1, 1.4 at 4 and 8, 1.2 at 16, 0.84 at 64, 0.60 at 512.
     """
     import torch
 
@@ -254,6 +278,23 @@ def _ones(blocks: int) -> torch.Tensor:
     import torch
 
     return torch.ones(1, blocks)
+
+
+def unpacked_product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function: x bfloat16 [M, K] times the [N, K] float8_e4m3fn codes, no scale, in bfloat16.
+
+    Every code is exact in bf16. oneDNN keeps a copy in an order of its own; on a CPU without
+    AVX512 it has no bf16 product and says so, and torch's is taken, as vLLM does for bf16 layers.
+    """
+    import torch
+    from vllm import _custom_ops as ops
+
+    codes = weight.to(torch.bfloat16)
+    try:
+        handler = ops.create_onednn_mm(codes.t(), _ONEDNN_PRIMITIVES)
+    except RuntimeError:
+        return lambda x: torch.nn.functional.linear(x, codes)
+    return lambda x: ops.onednn_mm(handler, x, None)
 
 
 def upcast_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -294,7 +335,6 @@ def kernel_class(numerics: str) -> type:
     Made on demand because its base class is vLLM's.
     """
     import torch
-    from vllm import _custom_ops as ops
     from vllm.model_executor.kernels.linear import FP8ScaledMMLinearKernel
     from vllm.platforms import current_platform
 
@@ -333,9 +373,7 @@ def kernel_class(numerics: str) -> type:
             if self.packed:
                 weight = pack(weight)
             elif numerics == "w8a16" and self.config.input_dtype == torch.bfloat16:
-                # Every code is exact in bf16. oneDNN keeps a copy in an order of its own.
-                self.unpacked = ops.create_onednn_mm(weight.to(torch.bfloat16).t(),
-                                                     _ONEDNN_PRIMITIVES)
+                self.unpacked = unpacked_product(weight)
                 weight = weight.new_empty(0)
             scale = layer.weight_scale.to(torch.float32).reshape(-1).contiguous()
             layer.weight = torch.nn.Parameter(weight, requires_grad=False)
@@ -356,7 +394,7 @@ def kernel_class(numerics: str) -> type:
 
         def product(self, layer, x, bias):
             if self.unpacked is not None:
-                product = ops.onednn_mm(self.unpacked, x, None)
+                product = self.unpacked(x)
             else:
                 product = (packed_product if self.packed else upcast_product)(x, layer.weight)
             return scaled(product, layer.weight_scale, bias, x.dtype)
@@ -365,7 +403,9 @@ def kernel_class(numerics: str) -> type:
         """FP8 weights, activations quantized to FP8 per token by vLLM's own QuantFP8."""
 
         def product(self, layer, x, bias):
-            codes, x_scale = self.quant_fp8(x)
+            # Not the compiled one, which vLLM takes where a model is not eager: torch keeps what it
+            # compiled for another CPU, and on AVX2 what was made for AVX512 found a wrong amax.
+            codes, x_scale = self.quant_fp8.forward_native(x)
             product = upcast_product(upcast(codes), layer.weight).mul_(FLOAT16_READING)
             return scaled(product, layer.weight_scale * x_scale, bias, x.dtype)
 
