@@ -1,7 +1,7 @@
 """The CPU kernels against float64, and their place in vLLM, in the serving environment's Python."""
 
+import dataclasses
 import json
-import math
 import os
 import subprocess
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import WorkbookError, ablation, serving, workspace
+from helpers import WorkbookError, ablation, cpu, hardware, serving, workspace
 from helpers.serve_side import cpu_kernels
 
 SCRIPT = Path(__file__).parent / "serve_side" / "kernels.py"
@@ -33,27 +33,30 @@ def test_every_finite_code_is_upcast_exactly(measured):
 
 
 @pytest.mark.parametrize("numerics", cpu_kernels.NUMERICS)
-def test_no_less_exact_than_bf16(measured, numerics):
-    """Relative error against float64, at Phi-4's layers, the bundled model's and odd ones.
-
-    torch's bf16 product of the dequantized weights is the bar, times 1.1; of few outputs an error
-    is itself uncertain, by about 1 / sqrt(outputs), five of which are allowed.
-    """
+def test_as_exact_as_its_arithmetic(measured, numerics):
+    """Against float64, at Phi-4's layers, the bundled model's and odd ones, by `kernels.bound`."""
     accuracy = measured[numerics]["accuracy"]
     assert len(accuracy) > 50
+    assert sum(len(found["errors"]) == 2 for found in accuracy.values()) > 45  # and on one thread
     for case, found in accuracy.items():
-        bar = 1.1 + 5 / math.sqrt(found["outputs"])
-        assert found["ours"] < bar * max(found["bf16"], 2**-9), (case, found)
+        assert max(found["errors"]) < found["bound"], (case, found)
         assert found["dtype"] == "torch.bfloat16", case
-        assert found["threads agree"], f"{case}: one thread and two give different answers"
 
 
 def test_where_the_packed_gemm_is_not_weights_are_unpacked_as_exactly(measured):
-    """W8A16 on a CPU without AVX512-BF16 and AMX."""
+    """W8A16 on a CPU without AVX512-BF16."""
     assert len(measured["unpacked"]) == 12
     for case, found in measured["unpacked"].items():
-        assert found["kernel"] == "CpuFp8W8A16LinearKernel" and found["threads agree"], case
-        assert found["ours"] < (1.1 + 5 / math.sqrt(found["outputs"])) * found["bf16"], case
+        assert found["kernel"] == "CpuFp8W8A16LinearKernel", case
+        assert max(found["errors"]) < found["bound"], (case, found)
+
+
+def test_the_packed_gemm_is_used_where_its_build_is_and_can_run(measured):
+    """Only vLLM's build for AVX512-BF16, `_C`, has it; the mode that is shown says the same."""
+    assert measured["op"] == (measured["build"] == "_C.abi3.so"
+                              and not cpu.lacking(cpu.read()[1]))
+    mode = hardware.serving_mode(dataclasses.replace(hardware.detect(), gpus=()))
+    assert (mode.key == "cpu-w8a16") == measured["op"]
 
 
 @pytest.mark.parametrize("numerics", cpu_kernels.NUMERICS)
@@ -66,7 +69,7 @@ def test_vllm_selects_the_kernel_of_the_numerics(measured, numerics):
 def test_shapes_and_types(measured, numerics):
     found = measured[numerics]["shapes"]
     assert found["batch"] == [2, 5, 384]
-    assert found["batch equals rows"]
+    assert found["batch error"] < found["bound"]
     assert found["no rows"] == [0, 384]
     assert found["float16"] == "torch.float16"
     assert "NaN" in found["NaN"]
@@ -75,10 +78,10 @@ def test_shapes_and_types(measured, numerics):
 def test_w8a8_greedy_tokens_are_those_of_an_exact_emulation(tmp_path, tiny_base, tiny_fp8):
     """20 problems through vLLM with the W8A8 kernel, against Transformers with exact FP8 values.
 
-    The emulation is `ablation.w8`, in float32; given what vLLM has written so far, its next token
-    must be vLLM's. One problem may turn out otherwise: an activation on the border between two
-    E4M3 numbers goes to the other one when a sum is taken in another order, and the emulation
-    itself, with a KV cache and without, then gives two answers.
+    The emulation is `ablation.w8`, in float32; given what vLLM has written so far, its likeliest
+    next token must be vLLM's, or as likely as that within what the order of a sum decides: an
+    activation on the border between two E4M3 numbers then goes to the other one. How much that is
+    on this CPU is seen on the emulation itself, which reads a text at once and token by token.
     """
     problems = (workspace.data("tiny_gsm8k") / "test.jsonl").read_text().splitlines()[:20]
     prompts = tmp_path / "prompts.json"
@@ -91,18 +94,32 @@ def test_w8a8_greedy_tokens_are_those_of_an_exact_emulation(tmp_path, tiny_base,
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["kernels"] == ["CpuFp8W8A8LinearKernel"]
-    assert found["1"] == found["2"], "one thread and two give different answers"
     model, _ = ablation.load(tiny_base)
+    behind, ahead, noise = [], [], 0.0
     with torch.inference_mode(), ablation.w8(model, tiny_fp8, activations=True):
-        equal = [_emulated(model, answer) == answer["tokens"] for answer in found["2"]]
-    assert sum(len(answer["tokens"]) for answer in found["2"]) > 1000
-    assert len(equal) == 20 and sum(equal) >= 19
+        for number, answer in enumerate(found["1"] + found["2"]):  # on one thread, and on two
+            logits = model(torch.tensor([answer["prompt"] + answer["tokens"]])).logits[0]
+            logits = logits[len(answer["prompt"]) - 1:-1]
+            if number < 4:
+                noise = max(noise, (logits - _in_turn(model, answer)).abs().max().item())
+            tokens = torch.tensor(answer["tokens"])[:, None]
+            top = logits.topk(2).values
+            behind.append(top[:, 0] - logits.gather(1, tokens)[:, 0])
+            ahead.append(top[:, 0] - top[:, 1])
+    behind, ahead = torch.cat(behind), torch.cat(ahead)
+    assert len(behind) > 2000
+    assert noise < ahead.median() / 10  # else the next line would say little
+    assert behind.max() <= 2 * noise, (behind.max(), noise)  # each of two logits may be off
 
 
-def _emulated(model, answer: dict) -> list[int]:
-    """The emulation's most likely token after each beginning of vLLM's answer."""
-    logits = model(torch.tensor([answer["prompt"] + answer["tokens"]])).logits[0]
-    return logits[len(answer["prompt"]) - 1:-1].argmax(-1).tolist()
+def _in_turn(model, answer: dict) -> torch.Tensor:
+    """The logits after each beginning of an answer, read token by token with a KV cache."""
+    rows, cache = [], None
+    for read in (answer["prompt"], *([token] for token in answer["tokens"][:-1])):
+        step = model(torch.tensor([read]), past_key_values=cache, use_cache=True)
+        cache = step.past_key_values
+        rows.append(step.logits[0, -1])
+    return torch.stack(rows)
 
 
 def test_w8a8_sees_activations_in_fp8(measured):
@@ -124,6 +141,13 @@ def test_ours_stands_before_vllms_and_only_for_per_channel_weights(measured):
 
 def test_amx_is_asked_for_where_it_is(measured):
     assert measured["registration"]["asked for AMX"] == int(measured["registration"]["AMX"])
+
+
+def test_where_amx_is_refused_it_says_what_to_do(measured):
+    """vLLM's attention would end with SIGILL: no machine here refuses, so its answer is given."""
+    said = [text for level, text in measured["registration"]["AMX refused said"]
+            if level == "WARNING"]
+    assert said == [cpu_kernels.AMX_REFUSED]
 
 
 def test_elsewhere_it_does_nothing(measured):

@@ -7,6 +7,7 @@ layer as vLLM's compressed-tensors scheme leaves it, and called as vLLM calls it
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
 
@@ -64,6 +65,7 @@ def per_token(x: torch.Tensor) -> torch.Tensor:
 
 def errors(numerics: str, shape: tuple[int, int], rows: int, with_bias=False,
            scale_dtype=torch.float32, pruned=False) -> dict:
+    """One layer's relative error against float64, on one thread and on two, and its bound."""
     weight = codes(*shape)
     if pruned:  # nine of ten weights are zero, and activations have a mean
         weight.view(torch.uint8)[torch.rand(*shape) < 0.9] = 0
@@ -73,22 +75,35 @@ def errors(numerics: str, shape: tuple[int, int], rows: int, with_bias=False,
     kernel = selected(shape)
     layer = layer_of(weight, scale)
     kernel.process_weights_after_loading(layer)
-    y = kernel.apply_weights(layer, x, bias)
-    threads_agree = True
-    if weight.numel() <= 2**25:  # the largest layers take seconds on one thread
-        torch.set_num_threads(1)
-        threads_agree = kernel.apply_weights(layer, x, bias).equal(y)
-        torch.set_num_threads(2)
+    made = []
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        if threads == 2 or weight.numel() <= 2**25:  # the largest take seconds on one thread
+            made.append(kernel.apply_weights(layer, x, bias))
+    torch.set_num_threads(2)
     seen = x if numerics == "w8a16" else per_token(x)
     if shape[0] > 2048:  # of a large layer, compare outputs from all over it
         some = torch.randperm(shape[0])[:1024]
-        y, weight, scale = y[:, some], weight[some], scale[some]
+        made, weight, scale = [y[:, some] for y in made], weight[some], scale[some]
     reference = in_float64(seen, weight, scale, bias)
-    rounded = (weight.float() * scale.float()).bfloat16()
-    bf16 = torch.nn.functional.linear(seen.bfloat16(), rounded, bias)
-    return {"kernel": type(kernel).__name__, "outputs": y.numel(), "dtype": str(y.dtype),
-            "threads agree": threads_agree, "ours": relative_error(y, reference),
-            "bf16": relative_error(bf16, reference)}
+    return {"kernel": type(kernel).__name__, "outputs": reference.numel(),
+            "dtype": str(made[0].dtype), "errors": [relative_error(y, reference) for y in made],
+            "bound": bound(2 if numerics == "w8a16" else 1, shape[1], reference.numel())}
+
+
+def bound(roundings: int, columns: int, outputs: int) -> float:
+    """The relative error that a product may have, in any order of its sum.
+
+    bf16 has 8 bits, so rounding to it is off by 2^-8 at most, and by 2^floor(log2 |y|) * 2^-7 /
+    sqrt(12) in the root mean square: over normally distributed y, of whatever variance, 0.00166 of
+    theirs. Independent errors add up by their squares. Of few outputs that is itself uncertain, by
+    about 1 / sqrt(outputs): five times that are allowed, and 5 % for outputs that are not quite
+    normal. W8A16 rounds twice: the product, then product times scale. The sum of `columns` products
+    in float32 adds columns * 2^-24 at most, for products whose sum is not small beside them
+    (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+    """
+    typical = math.sqrt(roundings) * 0.00166 * (1.05 + 5 / math.sqrt(outputs))
+    return min(roundings * 2**-8, typical) + columns * 2**-24
 
 
 def accuracy(numerics: str) -> dict:
@@ -108,7 +123,7 @@ def accuracy(numerics: str) -> dict:
     return measured
 
 
-def shapes() -> dict:
+def shapes(numerics: str) -> dict:
     """A batch of sequences, no rows, float16, and weights that hold a NaN."""
     weight, scale = codes(384, 256), torch.full((384, 1), 1e-3)
 
@@ -118,7 +133,9 @@ def shapes() -> dict:
         return kernel.apply_weights(layer, x.to(dtype))
 
     x = torch.randn(2, 5, 256)
-    flat = run(x.reshape(10, 256))
+    rows = x.reshape(10, 256).bfloat16()
+    exact = in_float64(rows if numerics == "w8a16" else per_token(rows), weight, scale, None)
+    batch = run(x)
     half = run(x, torch.float16)
     bad = weight.clone().view(torch.uint8)
     bad[5, 7] = 0xFF
@@ -128,7 +145,8 @@ def shapes() -> dict:
         kernel.process_weights_after_loading(layer_of(bad.view(torch.float8_e4m3fn), scale))
     except ValueError as error:
         refused = str(error)
-    return {"batch": list(run(x).shape), "batch equals rows": run(x).view(10, -1).equal(flat),
+    return {"batch": list(batch.shape), "batch error": relative_error(batch.view(10, -1), exact),
+            "bound": bound(2 if numerics == "w8a16" else 1, 256, exact.numel()),
             "no rows": list(run(torch.empty(0, 256)).shape),
             "float16": str(half.dtype), "NaN": refused,
             "float16 error": relative_error(half.view(10, -1), in_float64(
@@ -156,7 +174,7 @@ def registration() -> dict:
     from vllm.model_executor.kernels import linear
     from vllm.platforms.interface import PlatformEnum, UnspecifiedPlatform
 
-    from helpers import cpu_kernels
+    from helpers.serve_side import cpu_kernels
 
     kernels = linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CPU]
     stock = [kernel.__name__ for kernel in kernels]
@@ -166,7 +184,7 @@ def registration() -> dict:
         return [kernel.__name__ for kernel in kernels]
 
     asked = []
-    real = torch.cpu._init_amx
+    has_amx, real = torch.cpu._is_amx_tile_supported, torch.cpu._init_amx
     torch.cpu._init_amx = lambda: asked.append(True) or real()
     # A platform that is no CPU: vLLM's own class for one it does not know.
     cpu, platforms.current_platform = platforms.current_platform, UnspecifiedPlatform()
@@ -199,7 +217,11 @@ def registration() -> dict:
     found["default"], found["default said"] = names(), said
     found["AMX"] = bool(torch.cpu._is_amx_tile_supported())
     found["asked for AMX"] = len(asked)
-    cpu_kernels.register()
+    with messages() as said:  # an operating system that does not grant AMX
+        torch.cpu._is_amx_tile_supported, torch.cpu._init_amx = lambda: True, lambda: False
+        cpu_kernels.register()
+        torch.cpu._is_amx_tile_supported, torch.cpu._init_amx = has_amx, real
+    found["AMX refused said"] = said
     found["twice"] = names()
     found["per tensor"] = type(selected((384, 256), weight="tensor")).__name__
 
@@ -213,29 +235,38 @@ def registration() -> dict:
     return found
 
 
+def build() -> str:
+    """The file of vLLM's C++ library that this process has loaded."""
+    import vllm._custom_ops  # noqa: F401
+
+    with open("/proc/self/maps") as maps:
+        (name,) = {line.rpartition("/")[2].strip() for line in maps if "/vllm/_C" in line}
+    return name
+
+
 def main() -> dict:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor.kernels import linear
     from vllm.platforms import PlatformEnum
 
-    from helpers import cpu_kernels
+    from helpers.serve_side import cpu_kernels
 
     torch.manual_seed(0)
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     finite = ~every.float().isnan()
     measured = {"upcast": (cpu_kernels.upcast(every) * 256).equal(
         torch.where(finite, every.float(), cpu_kernels.upcast(every) * 256)),
-        "finite": int(finite.sum()), "op": cpu_kernels._has_packed_gemm()}
+        "finite": int(finite.sum()), "op": cpu_kernels._has_packed_gemm(), "build": build()}
     with set_current_vllm_config(VllmConfig()):
         measured["registration"] = registration()
         for numerics in cpu_kernels.NUMERICS:
             os.environ[cpu_kernels.VARIABLE] = numerics
             cpu_kernels.register()
-            measured[numerics] = {"accuracy": accuracy(numerics), "shapes": shapes()}
+            measured[numerics] = {"accuracy": accuracy(numerics), "shapes": shapes(numerics)}
         os.environ[cpu_kernels.VARIABLE] = "w8a16"
         kernels = linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CPU]
         kernels.sort(key=lambda kernel: "W8A16" not in kernel.__name__)
-        cpu_kernels._has_packed_gemm = lambda: False  # as on a CPU without AVX512-BF16 and AMX
+        cpu_kernels._has_packed_gemm = lambda: False  # as on a CPU without AVX512-BF16
         measured["unpacked"] = {f"{name}, {rows}": errors("w8a16", shape, rows)
                                 for name, shape in BUNDLED.items() for rows in (1, 5, 130)}
     return measured
