@@ -122,6 +122,21 @@ def _in_turn(model, answer: dict) -> torch.Tensor:
     return torch.stack(rows)
 
 
+def test_scales_that_bf16_holds_are_kept_in_it_and_give_the_same_bits():
+    """Every finite bf16 product, times scales as LLM Compressor stores them: rounded once."""
+    products = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    products = products[products.isfinite()][:, None]
+    scale = (torch.rand(64, generator=torch.Generator().manual_seed(0)) * 1e-2).bfloat16()
+    kept = cpu_kernels.narrowed(scale.float(), torch.bfloat16)
+    assert kept.dtype == torch.bfloat16
+    exact = (products.double() * scale.double()).to(torch.float32).to(torch.bfloat16)
+    for held in (kept, scale.float()):
+        made = cpu_kernels.scaled(products.expand(-1, 64).clone(), held, None, torch.bfloat16)
+        assert torch.equal(made, exact)
+    assert torch.equal(cpu_kernels.narrowed(scale.float() * 1.001, torch.bfloat16),
+                       scale.float() * 1.001)  # which bf16 does not hold
+
+
 def test_w8a8_sees_activations_in_fp8(measured):
     """Its answers are far from those of unquantized activations, by E4M3's own error."""
     assert 0.01 < measured["w8a8"]["shapes"]["float16 error"] < 0.05

@@ -313,11 +313,22 @@ def upcast_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def narrowed(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The float32 scales in `dtype` where that loses nothing, as of LLM Compressor's bf16 scales.
+
+    torch multiplies two bf16 tensors in float32 and rounds once, as it does bf16 by float32, and
+    faster: [512, 35840] takes 3.3 ms of one core and not 74 ms, 1 to 8 rows two thirds to a half
+    (medians of 21 in turn, Zen 5).
+    """
+    narrow = scale.to(dtype)
+    return narrow if bool((narrow == scale).all()) else scale
+
+
 def scaled(product: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None,
            dtype: torch.dtype) -> torch.Tensor:
     """product * scale + bias, computed in float32 and rounded once to `dtype`.
 
-    product [M, N]; scale float32, [N] or [M, N]; bias [N] or None.
+    product [M, N]; scale float32 or `narrowed`, [N] or [M, N]; bias [N] or None.
     """
     import torch
 
@@ -375,7 +386,8 @@ def kernel_class(numerics: str) -> type:
             elif numerics == "w8a16" and self.config.input_dtype == torch.bfloat16:
                 self.unpacked = unpacked_product(weight)
                 weight = weight.new_empty(0)
-            scale = layer.weight_scale.to(torch.float32).reshape(-1).contiguous()
+            scale = narrowed(layer.weight_scale.to(torch.float32).reshape(-1).contiguous(),
+                             self.config.input_dtype)
             layer.weight = torch.nn.Parameter(weight, requires_grad=False)
             layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
 
