@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export VLLM_NO_USAGE_STATS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup preflight run lab test test-faults test-smollm2 test-browser lint notebooks full-size bench-cpu test-gpu lock clean
+.PHONY: help setup preflight run lab test test-faults test-smollm2 test-browser lint notebooks full-size bench-cpu test-gpu test-isa lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ full-size: setup  ## quantize a random checkpoint of Phi-4's size (45 GB of disk
 
 bench-cpu: setup  ## FP8 on this CPU beside bf16 and others, on three models (16 minutes)
 	@PYTHONPATH=. .venv/bin/python scripts/bench_cpu.py
+
+test-isa: setup  ## the CPU kernels' tests and a served answer, as each kind of CPU
+	@PYTHONPATH=. .venv/bin/python scripts/test_isa.py
 
 test-gpu: setup  ## the checks that need a GPU; each says why where it cannot run
 	@.venv/bin/python -m pytest -rs tests/gpu
