@@ -89,7 +89,11 @@ def test_w8a16_is_a_model_whose_weights_were_changed_by_hand(tiny, tiny_base, ti
     assert len(state) == len(ablation.targets(model)) == 16
     other.load_state_dict(state, strict=False)
     with ablation.w8(model, tiny_fp8, activations=False):
-        assert torch.equal(ablation.outputs(model, texts)[1], ablation.outputs(other, texts)[1])
+        found = ablation.outputs(model, texts)[1]
+    expected = ablation.outputs(other, texts)[1]
+    # The same products in float32, whose sums may be taken in another order.
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(ablation.outputs(model, texts)[1], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_layers_are_transformers_hidden_states(tiny):
@@ -129,8 +133,12 @@ def test_rounding_more_costs_more_and_nothing_costs_nothing(tiny):
 
 
 def test_problems_are_solved_as_transformers_answers_them_one_by_one(tiny_base):
-    """Batched and padded against each alone; and a model that is rounded to nothing solves none."""
+    """Batched and padded against each alone; and a model that is rounded to nothing solves none.
+
+    In float64, where no order of a sum decides which of two words is the likelier.
+    """
     model, tokenizer = ablation.load(tiny_base)
+    model = model.double()
     with open(tiny_base.path.parent / "tiny_gsm8k" / "test.jsonl") as lines:
         rows = [json.loads(line) for line in lines][:12]
     alone = [ablation.solved(model, tokenizer, [row], batch=1)[0] for row in rows]

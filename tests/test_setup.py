@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -103,11 +102,9 @@ def test_only_known_complaints_in_the_serving_environment():
 
 def test_nothing_is_done_when_nothing_is_missing():
     before = [env.stamp.stat().st_mtime_ns for env in here()]
-    started = time.monotonic()
     result = subprocess.run(["make", "setup", f"PYTHON={sys.executable}"], cwd=REPO,
-                            capture_output=True, text=True)
+                            capture_output=True, text=True, env=offline())
     assert result.returncode == 0, result.stdout + result.stderr
-    assert time.monotonic() - started < 5
     assert "Setting up" not in result.stdout
     assert [env.stamp.stat().st_mtime_ns for env in here()] == before
 

@@ -31,9 +31,11 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
+    import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(MODEL)
+    # In float32, so that its score is the model's and not that of a CPU's bf16.
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
