@@ -117,7 +117,7 @@ def fates(x, scale: float) -> dict:
 
 
 def upcast(codes: torch.Tensor) -> torch.Tensor:
-    """float8_e4m3fn codes as float32 values times 2^-8, exactly; five times as fast as `.to`.
+    """float8_e4m3fn codes as float32 values times 2^-8, exactly; 5 times as fast as `.to` (Zen 4).
 
     The seven bits below the sign are shifted to the top of a float16's exponent and mantissa,
     where they mean the same number with another bias, subnormals included. The two NaN codes

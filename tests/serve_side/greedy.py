@@ -10,6 +10,7 @@ import os
 import sys
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "2",
+               "GOMP_SPINCOUNT": "1000",  # see `serving`: else the threads wait against each other
                "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
 
