@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -69,18 +69,23 @@ class Checkpoint:
         """The census, by the tensors' names."""
         return {tensor.name: tensor for tensor in self.tensors}
 
-    def file(self, name: str) -> Path:
-        """The file that holds a tensor.
+    @contextlib.contextmanager
+    def shard_of(self, name: str) -> Iterator:
+        """The file that holds a tensor, opened by safetensors for torch.
 
         Raises `WorkbookError` when no tensor has this name, or when the checkpoint has been
         replaced since it was opened.
         """
+        from safetensors import safe_open
+
         if name not in self.by_name:
             raise WorkbookError(f"There is no tensor {name} in {self.name}.",
                                 "Names are those of the checkpoint's header.",
                                 "Look at the checkpoint's `tensors` for the names there are.")
         self.require_unchanged()
-        return self.path / self.by_name[name].file
+        with safe_open(self.path / self.by_name[name].file, "pt") as shard:
+            self.require_unchanged()  # so this file is one of those, and stays so while it is open
+            yield shard
 
     def require_unchanged(self) -> None:
         """Raise `WorkbookError` if the files are not those that were opened and verified."""
@@ -183,9 +188,10 @@ def read_config(path: Path) -> dict:
 def _origin(path: Path) -> Origin | None:
     """What the directory says it was made from; None where it says nothing readable."""
     try:
-        return Origin(**workspace.read_json(path / MADE_FROM))
+        found = Origin(**workspace.read_json(path / MADE_FROM))
     except (WorkbookError, TypeError):
         return None
+    return found if isinstance(found.recipe, dict) and isinstance(found.versions, dict) else None
 
 
 def fingerprint(directory: Path) -> str:
@@ -309,9 +315,7 @@ def read_tensor(model: Checkpoint, name: str):
 
     Raises `WorkbookError` when no tensor has this name.
     """
-    from safetensors import safe_open
-
-    with safe_open(model.file(name), "pt") as shard:
+    with model.shard_of(name) as shard:
         return shard.get_tensor(name)
 
 

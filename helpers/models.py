@@ -93,18 +93,19 @@ def directory_profile(path: Path) -> Profile:
 def choose(machine: Machine, name: str | None = None) -> Profile:
     """The profile `name`, or PHI4_FP8_PROFILE, or the best that fits `machine`.
 
-    `name` may be a directory. Raises `WorkbookError` for an unknown name, or a model that does
-    not fit the machine.
+    `name` may be a directory, as `workspace.resolved` finds it; a profile's name comes first.
+    Raises `WorkbookError` for an unknown name, or a model that does not fit the machine.
     """
     name = name or os.environ.get(VARIABLE) or ""
     profiles = {profile.name: profile for profile in (PHI4, PHI4_MINI, SMOLLM2)}
-    if name and Path(name).is_dir():
-        return directory_profile(Path(name))
     if name == "tiny-phi4":
         return tiny()
     if name and name not in profiles:
+        directory = workspace.resolved(name)
+        if directory.is_dir():
+            return directory_profile(directory)
         raise WorkbookError(
-            f"There is no profile {name!r}, and no directory of that name.",
+            f"There is no profile {name!r}, and no directory {directory}.",
             f"{VARIABLE} chooses the model that the notebooks work on.",
             f"Set it to {', '.join(profiles)}, tiny-phi4 or a directory of safetensors, or unset "
             "it to get the best that fits.")

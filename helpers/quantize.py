@@ -84,7 +84,11 @@ def fp8_checkpoint(profile: Profile, base: Checkpoint) -> Checkpoint:
     way = route(base)
     print(way.why)
     made = stream(base, place) if way.streams else save(quantized(base), base, place)
-    verification.verify_fp8(base, made)
+    try:
+        verification.verify_fp8(base, made)
+    except WorkbookError:
+        shutil.rmtree(made.path)  # or it would be taken for a good one the next time
+        raise
     return made
 
 
@@ -101,7 +105,9 @@ def _differences(found: Origin | None, wanted: Origin) -> str:
         ("from another base", found.base, wanted.base),
         ("by another recipe", found.recipe, wanted.recipe)) if a != b]
     if found.versions != wanted.versions:
-        said.append("by " + ", ".join(f"{n} {v}" for n, v in found.versions.items()))
+        other = [f"{name} {version}" for name, version in found.versions.items()
+                 if wanted.versions.get(name) != version]
+        said.append(f"by {', '.join(other) or 'other libraries'}")
     return " and ".join(said)
 
 
@@ -163,6 +169,7 @@ def save(model, base: Checkpoint, place: Path) -> Checkpoint:
     The directory appears whole, with its manifest and what it was made from, or not at all
     (`workspace.building`).
     """
+    verification.require_finite(base)
     written = checkpoint.total_bytes(checkpoint.predict_fp8(base.tensors))
     with workspace.building(place, needs_bytes=written) as partial:
         with quiet():
@@ -172,6 +179,7 @@ def save(model, base: Checkpoint, place: Path) -> Checkpoint:
         for pattern in TOKENIZER_FILES:
             for file in base.path.glob(pattern):
                 shutil.copyfile(file, partial / file.name)
+        base.require_unchanged()
         used = recipe_in(checkpoint.read_config(partial))
         workspace.write_json(partial / checkpoint.MADE_FROM, asdict(origin(base, used)))
     return checkpoint.just_written(place)

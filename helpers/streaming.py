@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from helpers import WorkbookError, checkpoint, headers, workspace
+from helpers import WorkbookError, checkpoint, headers, verification, workspace
 from helpers.checkpoint import Checkpoint, Origin
 from helpers.headers import TensorInfo
 
@@ -229,7 +229,6 @@ def _blocks(base: Checkpoint, shard: str, output, converter) -> list[Block]:
     """Write the output's header; return the blocks that fill in the data."""
     import torch
 
-    source = base.path / shard
     before = [tensor for tensor in base.tensors if tensor.file == shard]
     made = {t.name: converter.process({t.name: torch.empty(
         t.shape, dtype=_torch_dtype(t.dtype), device="meta")}) for t in before}
@@ -238,31 +237,38 @@ def _blocks(base: Checkpoint, shard: str, output, converter) -> list[Block]:
     blocks = []
     for tensor in before:
         if len(made[tensor.name]) == 1:  # not a target: its bytes are copied
-            for first in range(0, tensor.nbytes, BLOCK_BYTES):
-                size = min(BLOCK_BYTES, tensor.nbytes - first)
-                blocks.append(_copied(source, tensor.start + first, size, output,
+            step = BLOCK_BYTES // 8 * 8  # whole numbers of every type
+            for first in range(0, tensor.nbytes, step):
+                size = min(step, tensor.nbytes - first)
+                blocks.append(_copied(base, tensor, first, size, output,
                                       places[tensor.name] + first))
             continue
         row = tensor.nbytes // tensor.shape[0]
         rows = max(1, BLOCK_BYTES // row)
         for first in range(0, tensor.shape[0], rows):
             count = min(rows, tensor.shape[0] - first)
-            blocks.append(_quantized(source, tensor, first, count, output, places, converter))
+            blocks.append(_quantized(base, tensor, first, count, output, places, converter))
     return blocks
 
 
-def _copied(source: Path, start: int, size: int, output, at: int) -> Block:
-    return Block(size, lambda: _write(output, _read(source, start, size), at))
+def _copied(base: Checkpoint, tensor: TensorInfo, first: int, size: int, output, at: int) -> Block:
+    def write() -> None:
+        data = _read(base.path / tensor.file, tensor.start + first, size)
+        _require_finite(base, tensor, data)
+        _write(output, data, at)
+
+    return Block(size, write)
 
 
-def _quantized(source: Path, tensor: TensorInfo, first: int, count: int, output,
+def _quantized(base: Checkpoint, tensor: TensorInfo, first: int, count: int, output,
                places: dict[str, int], converter) -> Block:
     import torch
 
     row = tensor.nbytes // tensor.shape[0]
 
     def write() -> None:
-        data = _read(source, tensor.start + first * row, count * row)
+        data = _read(base.path / tensor.file, tensor.start + first * row, count * row)
+        _require_finite(base, tensor, data)
         weight = torch.from_numpy(data).view(_torch_dtype(tensor.dtype)).reshape(count, -1)
         for name, part in converter.process({tensor.name: weight}).items():
             # Weight and scale both have the output channels as rows.
@@ -270,6 +276,14 @@ def _quantized(source: Path, tensor: TensorInfo, first: int, count: int, output,
             _write(output, data, places[name] + first * (data.nbytes // count))
 
     return Block(count * row, write)
+
+
+def _require_finite(base: Checkpoint, tensor: TensorInfo, data) -> None:
+    """Raise `WorkbookError` if bytes of a floating-point tensor hold NaN or infinity."""
+    import torch
+
+    if not torch.isfinite(torch.from_numpy(data).view(_torch_dtype(tensor.dtype))).all():
+        raise verification.not_finite(base, tensor.name)
 
 
 def _read(source: Path, start: int, size: int):
