@@ -23,6 +23,7 @@ EMBEDDING = "re:.*embed_tokens$"
 ROLES = ("embedding", "attention", "mlp", "norm", "scale", "lm_head")  # from input to output
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MADE_FROM = "made_from.json"  # what an `Origin` is kept in, inside the checkpoint
+SUMS = "sums.json"  # in the workspace: sums of files that have no manifest
 ATTEMPTS = 3  # at opening a checkpoint that another process is replacing
 # What this workbook, Transformers and vLLM compute with.
 CONFIG_TYPES = {name: int for name in (
@@ -212,11 +213,9 @@ def sums(directory: Path) -> dict[str, str]:
     workspace keeps it with the file's place, size, inode and both of its times, the second of which
     no program can set back.
     """
-    cache = workspace.root() / "sums.json"
-    try:
-        known = workspace.read_json(cache)
-    except WorkbookError:
-        known = {}
+    known = {}
+    with contextlib.suppress(WorkbookError):  # not there yet, or not to be read: sums are taken
+        known = workspace.read_json(workspace.root() / SUMS)
     found, new = {}, {}
     for file in sorted(directory.iterdir()):
         if file.suffix not in workspace.LOADED and not file.name.startswith("tokenizer"):
@@ -228,9 +227,11 @@ def sums(directory: Path) -> dict[str, str]:
         stat = blob.stat()
         key = (f"{blob} {stat.st_size} {stat.st_dev} {stat.st_ino} {stat.st_mtime_ns} "
                f"{stat.st_ctime_ns}")
-        found[file.name] = new[key] = known.get(key) or workspace.sha256(blob)
-    if not new.keys() <= known.keys():
-        workspace.write_json(cache, known | new)
+        kept = known.get(key)
+        found[file.name] = new[key] = kept if isinstance(kept, str) else workspace.sha256(blob)
+    if not new.items() <= known.items():
+        with contextlib.suppress(WorkbookError):  # they only save time
+            workspace.write_json(workspace.root() / SUMS, known | new)
     return found
 
 

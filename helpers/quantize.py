@@ -113,11 +113,17 @@ def _differences(found: Origin | None, wanted: Origin) -> str:
 
 def recipe_in(config: dict) -> dict:
     """The recipe that a quantized checkpoint's config.json tells of, in the form of `RECIPE`."""
-    said = config.get("quantization_config") or {}
-    group = next(iter((said.get("config_groups") or {}).values()), {})
+    def inside(value, name: str) -> dict:
+        found = value.get(name)
+        return found if isinstance(found, dict) else {}
+
+    said = inside(config, "quantization_config")
+    groups, ignored = inside(said, "config_groups"), said.get("ignore")
+    group = inside(groups, next(iter(groups), ""))
     return {"format": said.get("format"), "targets": group.get("targets"),
-            "ignore": sorted(set(said.get("ignore") or ()) - {checkpoint.EMBEDDING}),
-            **{part: {key: (group.get(part) or {}).get(key) for key in RECIPE[part]}
+            "ignore": sorted(set(ignored) - {checkpoint.EMBEDDING})
+            if isinstance(ignored, list) else ignored,
+            **{part: {key: inside(group, part).get(key) for key in RECIPE[part]}
                for part in ("weights", "input_activations")}}
 
 

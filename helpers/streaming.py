@@ -66,9 +66,10 @@ def stream(base: Checkpoint, place: Path, copied: tuple[str, ...],
     partial = place.parent / f".{place.name}.streaming"
     with workspace.writing(place, "The shards that were finished are kept, and it goes on from "
                            "there."):
-        partial.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        workspace.clear(place)
+        partial.mkdir(exist_ok=True)
         with _alone(partial):
-            workspace.remove_leftovers(place)
             _forget_another_base(partial, asdict(made_from))
             shards = list(dict.fromkeys(t.file for t in base.tensors))
             for left in partial.glob("*.unfinished"):

@@ -111,8 +111,9 @@ def _config_disagreements(fp8: Checkpoint, ignore: tuple[str, ...]) -> list[str]
     config = fp8.config.get("quantization_config")
     if config is None:
         return ["config.json has no quantization_config"]
-    named = sorted(set(map(str, config.get("ignore") or ())) - {EMBEDDING})
-    wrong = [] if named == sorted(ignore) else [f"config.json ignores {config.get('ignore')}"]
+    ignored = config.get("ignore")
+    named = sorted(set(map(str, ignored if isinstance(ignored, list) else ())) - {EMBEDDING})
+    wrong = [] if named == sorted(ignore) else [f"config.json ignores {ignored}"]
     if config.get("format") != "float-quantized":
         wrong.append(f"the format is {config.get('format')}, expected float-quantized")
     return wrong

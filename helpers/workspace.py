@@ -132,9 +132,7 @@ def building(target: Path, needs_bytes: int = 0) -> Iterator[Path]:
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
     with writing(target, "What was written so far has been removed; nothing half-written is left."):
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and not target.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
-        remove_leftovers(target)
+        clear(target)
         require_disk(target.parent, needs_bytes, f"Writing {target.name}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -153,8 +151,13 @@ def is_full_disk(error: BaseException) -> bool:
     return isinstance(error, Exception) and any(word in str(error) for word in words)
 
 
-def remove_leftovers(target: Path) -> None:
-    """Remove what processes that are dead left beside `target` when they were making it."""
+def clear(target: Path) -> None:
+    """Remove what processes that are dead left beside `target` when they were making it.
+
+    Raises NotADirectoryError when `target` is a file, which would be removed with an older one.
+    """
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
     for left in target.parent.glob(f".{target.name}.*-*"):
         pid = left.name.rpartition("-")[2]
         if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
@@ -208,7 +211,7 @@ def write_manifest(directory: Path, known: Mapping[str, str] = MappingProxyType(
         files[name] = {"bytes": file.stat().st_size, "sha256": known.get(name) or sha256(file)}
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
-    write_json(directory / MANIFEST, files)
+    _write_json(directory / MANIFEST, files)
 
 
 def read_manifest(directory: Path) -> dict[str, dict] | None:
@@ -291,19 +294,23 @@ def write_json(path: Path, content) -> None:
     Raises `WorkbookError` as `writing` does.
     """
     with writing(path, "What it held before is kept."):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(content, indent=1) + "\n"
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        try:
-            with open(handle, "w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        _write_json(path, content)
+
+
+def _write_json(path: Path, content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=1) + "\n"
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    try:
+        with open(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
 
 
 def read_json(file: Path) -> dict:
