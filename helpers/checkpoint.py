@@ -23,6 +23,7 @@ EMBEDDING = "re:.*embed_tokens$"
 ROLES = ("embedding", "attention", "mlp", "norm", "scale", "lm_head")  # from input to output
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MADE_FROM = "made_from.json"  # what an `Origin` is kept in, inside the checkpoint
+TOKENIZER = ("tokenizer", "merges", "vocab")  # how its files' names begin
 SUMS = "sums.json"  # in the workspace: sums of files that have no manifest
 ATTEMPTS = 3  # at opening a checkpoint that another process is replacing
 # What this workbook, Transformers and vLLM compute with.
@@ -115,7 +116,7 @@ def finished(path: Path) -> Checkpoint:
 
 
 def just_written(path: Path) -> Checkpoint:
-    """Open a directory that this process has just finished, and whose sums it took by doing so."""
+    """Open a directory that this process has just finished: its manifest's sums are fresh."""
     return _opened(path.absolute(), check_sums=False)
 
 
@@ -136,7 +137,7 @@ def _opened(path: Path, check_sums: bool) -> Checkpoint:
 
 
 def _files(path: Path) -> tuple:
-    """Name, inode, size and time of config.json and the weights: other ones, another tuple."""
+    """Name, inode, size and time of config.json and of each file of weights."""
     found = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # a moment before it is there
         for file in sorted((path / "config.json", *path.glob("*.safetensors"))):
@@ -165,16 +166,15 @@ def read_config(path: Path) -> dict:
     Raises `WorkbookError` when it is none: not there, no JSON, without `model_type`, or with a
     value of the wrong type where this workbook computes with it.
     """
+    remedy = "Name a directory as Transformers' save_pretrained writes it."
     try:
         config = workspace.read_json(path / "config.json")
     except WorkbookError as error:
         raise WorkbookError(error.what, "Without it nobody knows what the weights are for.",
-                            "Name a directory as Transformers' save_pretrained writes it."
-                            ) from None
+                            remedy) from None
     if not isinstance(config.get("model_type"), str):
         raise WorkbookError(f"{path}: config.json names no model_type.",
-                            "It is not a Transformers model.",
-                            "Name a directory as Transformers' save_pretrained writes it.")
+                            "It is not a Transformers model.", remedy)
     for name, kind in CONFIG_TYPES.items():
         value = config.get(name)
         if value is not None and (type(value) is not kind or kind is int and value <= 0):
@@ -201,24 +201,24 @@ def fingerprint(directory: Path) -> str:
     A directory without a manifest gets its sums from `sums`.
     """
     found = workspace.read_manifest(directory)
-    return hashlib.sha256(json.dumps(sums(directory) if found is None else found,
-                                     sort_keys=True).encode()).hexdigest()
+    known = sums(directory) if found is None else found
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def sums(directory: Path) -> dict[str, str]:
-    """What tells the content of each file that a loader reads, by name.
+    """A sum of the content of each file that a loader reads, by the file's name.
 
-    In the hub's cache a file is a link to a blob that is named by its content's sum, which
-    `helpers.hub` checked when it was fetched. Any other file's SHA-256 is taken, once: the
-    workspace keeps it with the file's place, size, inode and both of its times, the second of which
-    no program can set back.
+    In the hub's cache a file is a link to a blob whose name is the sum of its content, which
+    `helpers.hub` checked when it was fetched; that name is taken. Of any other file the SHA-256 is
+    computed once, and kept in the workspace with the file's place, size, inode and times: when one
+    of these has changed, it is computed again. No program can set back the time of the last change.
     """
     known = {}
     with contextlib.suppress(WorkbookError):  # not there yet, or not to be read: sums are taken
         known = workspace.read_json(workspace.root() / SUMS)
     found, new = {}, {}
     for file in sorted(directory.iterdir()):
-        if file.suffix not in workspace.LOADED and not file.name.startswith("tokenizer"):
+        if file.suffix not in workspace.LOADED and not file.name.startswith(TOKENIZER):
             continue
         blob = file.resolve()
         if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", blob.name):

@@ -23,7 +23,7 @@ from helpers import WorkbookError
 
 VARIABLE = "PHI4_FP8_WORKSPACE"
 MANIFEST = "MANIFEST.json"
-LOADED = (".safetensors", ".json", ".jinja", ".txt")  # what a loader reads, beside tokenizer*
+LOADED = (".safetensors", ".json", ".jinja")  # what a loader reads because it is there
 
 
 def repo() -> Path:
