@@ -6,44 +6,27 @@ when it was opened, by `verified`, and nobody does either again.
 
 import contextlib
 import functools
-import hashlib
-import json
-import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from helpers import WorkbookError, headers, workspace
+from helpers import WorkbookError, headers, identity, workspace
 from helpers.headers import ITEM_BYTES, TensorInfo
+from helpers.identity import Origin
 
 FP8_SUFFIX = ".weight_scale"
 # `model_free_ptq` sees names, not classes, so its ignore list has to spare the embedding too.
 EMBEDDING = "re:.*embed_tokens$"
 ROLES = ("embedding", "attention", "mlp", "norm", "scale", "lm_head")  # from input to output
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-MADE_FROM = "made_from.json"  # what an `Origin` is kept in, inside the checkpoint
-TOKENIZER = ("tokenizer", "merges", "vocab")  # how its files' names begin
-SUMS = "sums.json"  # in the workspace: sums of files that have no manifest
 ATTEMPTS = 3  # at opening a checkpoint that another process is replacing
 # What this workbook, Transformers and vLLM compute with.
 CONFIG_TYPES = {name: int for name in (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "vocab_size", "max_position_embeddings")} | {
     "tie_word_embeddings": bool, "quantization_config": dict, "rope_parameters": dict}
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a quantized checkpoint was made from.
-
-    `base`: the base's fingerprint; `recipe`: as `helpers.quantize` reads it from config.json;
-    `versions`: of the libraries that made it, by name.
-    """
-
-    base: str
-    recipe: dict = field(hash=False)
-    versions: dict[str, str] = field(hash=False)
 
 
 @dataclass(frozen=True)
@@ -88,6 +71,21 @@ class Checkpoint:
         with safe_open(self.path / self.by_name[name].file, "pt") as shard:
             self.require_unchanged()  # so this file is one of those, and stays so while it is open
             yield shard
+
+    def copy_beside(self, patterns: Iterable[str], into: Path) -> None:
+        """Copy the files beside the weights whose names match to the folder `into`.
+
+        Raises `WorkbookError` for a link that leads out of the folder, but for the hub's own, into
+        its cache: what it leads to would be published with the checkpoint.
+        """
+        here = self.path.resolve()
+        for file in [file for pattern in patterns for file in self.path.glob(pattern)]:
+            if file.resolve().parent not in (here, here.parent.parent / "blobs"):
+                raise WorkbookError(f"{file.name} of {self.name} is a link to {file.resolve()}.",
+                                    "What lies there is no part of the model, and would be copied "
+                                    "and published with it.",
+                                    "Replace the link by the file, if it belongs to the model.")
+            shutil.copyfile(file, into / file.name)
 
     def require_unchanged(self) -> None:
         """Raise `WorkbookError` if the files are not those that were opened and verified."""
@@ -157,7 +155,8 @@ def _read(path: Path, files: tuple, check_sums: bool) -> Checkpoint:
     tensors = tuple(census(path))
     if check_sums and workspace.read_manifest(path) is not None:
         workspace.verify(path)
-    return Checkpoint(path, fingerprint(path), tensors, config, _origin(path), files)
+    return Checkpoint(path, identity.fingerprint(path), tensors, config, identity.origin(path),
+                      files)
 
 
 def read_config(path: Path) -> dict:
@@ -186,64 +185,14 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def _origin(path: Path) -> Origin | None:
-    """What the directory says it was made from; None where it says nothing readable."""
-    try:
-        found = Origin(**workspace.read_json(path / MADE_FROM))
-    except (WorkbookError, TypeError):
-        return None
-    return found if isinstance(found.recipe, dict) and isinstance(found.versions, dict) else None
-
-
-def fingerprint(directory: Path) -> str:
-    """One SHA-256 for all that a loader reads of a directory: of its manifest, or of its sums.
-
-    A directory without a manifest gets its sums from `sums`.
-    """
-    found = workspace.read_manifest(directory)
-    known = sums(directory) if found is None else found
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-
-
-def sums(directory: Path) -> dict[str, str]:
-    """A sum of the content of each file that a loader reads, by the file's name.
-
-    In the hub's cache a file is a link to a blob whose name is the sum of its content, which
-    `helpers.hub` checked when it was fetched; that name is taken. Of any other file the SHA-256 is
-    computed once, and kept in the workspace with the file's place, size, inode and times: when one
-    of these has changed, it is computed again. No program can set back the time of the last change.
-    """
-    known = {}
-    with contextlib.suppress(WorkbookError):  # not there yet, or not to be read: sums are taken
-        known = workspace.read_json(workspace.root() / SUMS)
-    found, new = {}, {}
-    for file in sorted(directory.iterdir()):
-        if file.suffix not in workspace.LOADED and not file.name.startswith(TOKENIZER):
-            continue
-        blob = file.resolve()
-        if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", blob.name):
-            found[file.name] = blob.name
-            continue
-        stat = blob.stat()
-        key = (f"{blob} {stat.st_size} {stat.st_dev} {stat.st_ino} {stat.st_mtime_ns} "
-               f"{stat.st_ctime_ns}")
-        kept = known.get(key)
-        found[file.name] = new[key] = kept if isinstance(kept, str) else workspace.sha256(blob)
-    if not new.items() <= known.items():
-        with contextlib.suppress(WorkbookError):  # they only save time
-            workspace.write_json(workspace.root() / SUMS, known | new)
-    return found
-
-
 def census(path: Path) -> list[TensorInfo]:
     """Every tensor of the checkpoint directory `path`, in the order of its files.
 
     Raises `WorkbookError` when there are no safetensors, when the index is none or a shard of it
     is missing, or when the index and the shards disagree on the tensors.
     """
-    index = path / "model.safetensors.index.json"
+    index, placed = path / "model.safetensors.index.json", None
     files = sorted(path.glob("*.safetensors"))
-    placed = None
     if index.is_file():
         try:
             placed = workspace.read_json(index)["weight_map"]

@@ -5,21 +5,29 @@ import io
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpers import (
     WorkbookError,
     checkpoint,
     hardware,
+    identity,
     models,
     streaming,
     verification,
     workspace,
 )
-from helpers.checkpoint import Checkpoint, Origin
+from helpers.checkpoint import Checkpoint
 from helpers.hardware import Machine, serving_mode
+from helpers.identity import Origin
 from helpers.models import Profile
+
+if TYPE_CHECKING:
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from transformers import PreTrainedModel
 
 # Beside the weights and config, which save_pretrained writes.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "merges.txt",
@@ -52,7 +60,7 @@ class Route:
     why: str
 
 
-def recipe():
+def recipe() -> "QuantizationModifier":
     """LLM Compressor's recipe: every Linear but the output head, FP8_DYNAMIC."""
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
@@ -157,7 +165,7 @@ def stream(base: Checkpoint, place: Path) -> Checkpoint:
         return streaming.stream(base, place, TOKENIZER_FILES, origin(base, RECIPE))
 
 
-def quantized(base: Checkpoint):
+def quantized(base: Checkpoint) -> "PreTrainedModel":
     """The model of `base`, loaded in bf16 and quantized in place by `oneshot`."""
     import torch
     from llmcompressor import oneshot
@@ -169,7 +177,7 @@ def quantized(base: Checkpoint):
     return model
 
 
-def save(model, base: Checkpoint, place: Path) -> Checkpoint:
+def save(model: "PreTrainedModel", base: Checkpoint, place: Path) -> Checkpoint:
     """Write a model that `oneshot` has quantized, with the tokenizer of `base`, to `place`.
 
     The directory appears whole, with its manifest and what it was made from, or not at all
@@ -182,17 +190,15 @@ def save(model, base: Checkpoint, place: Path) -> Checkpoint:
             model.save_pretrained(partial, save_compressed=True)
         for file in partial.glob("*.safetensors"):  # safetensors lets nobody but the owner read
             file.chmod(0o644)  # them, and a container serves as another user
-        for pattern in TOKENIZER_FILES:
-            for file in base.path.glob(pattern):
-                shutil.copyfile(file, partial / file.name)
+        base.copy_beside(TOKENIZER_FILES, partial)
         base.require_unchanged()
         used = recipe_in(checkpoint.read_config(partial))
-        workspace.write_json(partial / checkpoint.MADE_FROM, asdict(origin(base, used)))
+        workspace.write_json(partial / identity.MADE_FROM, asdict(origin(base, used)))
     return checkpoint.just_written(place)
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Keep LLM Compressor's warnings and bars off the page; errors still come through."""
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -10,16 +10,22 @@ import contextlib
 import fcntl
 import functools
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
-from helpers import WorkbookError, checkpoint, headers, verification, workspace
-from helpers.checkpoint import Checkpoint, Origin
+from helpers import WorkbookError, checkpoint, headers, identity, verification, workspace
+from helpers.checkpoint import Checkpoint
 from helpers.headers import TensorInfo
+from helpers.identity import Origin
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+    from llmcompressor.entrypoints.model_free import ModelFreePtqConverter
 
 IGNORE = ("lm_head", checkpoint.EMBEDDING)
 # Measured on two cores with 1 MiB of L2 cache each: smaller blocks cost time, and larger ones cost
@@ -109,16 +115,16 @@ def _alone(directory: Path) -> Iterator[None]:
 def _forget_another_base(partial: Path, made_from: dict) -> None:
     """Empty `partial` unless it was begun from this very base by these very libraries."""
     try:
-        known = workspace.read_json(partial / checkpoint.MADE_FROM)
+        known = workspace.read_json(partial / identity.MADE_FROM)
     except WorkbookError:
         known = None
     if known != made_from:
         for file in partial.iterdir():
             file.unlink()
-        workspace.write_json(partial / checkpoint.MADE_FROM, made_from)
+        workspace.write_json(partial / identity.MADE_FROM, made_from)
 
 
-def _converter():
+def _converter() -> "ModelFreePtqConverter":
     """LLM Compressor's converter for FP8_DYNAMIC, its scheme filled in.
 
     The library writes the format's name into the scheme at the first weight it converts; one
@@ -135,7 +141,7 @@ def _converter():
 
 @contextlib.contextmanager
 def _short_way() -> Iterator[None]:
-    """Within the block, LLM Compressor's quantization takes a shorter way to the same codes.
+    """Within the block, LLM Compressor's quantization reaches the same codes in fewer steps.
 
     The converter makes a Linear for each block and overwrites its weights at once; filling them
     with random numbers first took a quarter of the time. Of what was left, two thirds were spent on
@@ -157,9 +163,9 @@ def _short_way() -> Iterator[None]:
 
 @functools.cache
 def _register_straight() -> list[bool]:
-    """Give compressed-tensors another way to quantize, at the place it has for that.
+    """Register a faster function for compressed-tensors' `_quantize`, in its own registry.
 
-    It is taken while the returned list is not empty, so that `oneshot` stays as the library has it.
+    It is used while the returned list is not empty, so that `oneshot` stays as the library has it.
     """
     import torch
     from compressed_tensors.quantization.quant_args import round_to_quantized_type_args
@@ -179,8 +185,9 @@ def _register_straight() -> list[bool]:
     return wanted
 
 
-def _shards(base: Checkpoint, partial: Path, names: list[str], converter) -> dict[str, str]:
-    """Write each shard under a passing name, and under its own when it is on the disk.
+def _shards(base: Checkpoint, partial: Path, names: list[str],
+            converter: "ModelFreePtqConverter") -> dict[str, str]:
+    """Write each shard under a temporary name, and rename it when it is on the disk.
 
     Returns the shards' SHA-256 by name.
     """
@@ -207,8 +214,8 @@ def _shards(base: Checkpoint, partial: Path, names: list[str], converter) -> dic
         torch.set_num_threads(threads)
 
 
-def _finish(output, source: Path, target: Path) -> str:
-    """Put a written shard on the disk, and then under its name; returns its SHA-256.
+def _finish(output: BinaryIO, source: Path, target: Path) -> str:
+    """Flush a written shard to the disk and give it its name; returns its SHA-256.
 
     The source's pages are given up first: they are not read again, and the output's are, for the
     sum, which is why it is taken here and not when all shards are done.
@@ -227,7 +234,8 @@ def _run(block: Block) -> int:
     return block.nbytes
 
 
-def _blocks(base: Checkpoint, shard: str, output, converter) -> list[Block]:
+def _blocks(base: Checkpoint, shard: str, output: BinaryIO,
+            converter: "ModelFreePtqConverter") -> list[Block]:
     """Write the output's header; return the blocks that fill in the data."""
     import torch
 
@@ -253,7 +261,8 @@ def _blocks(base: Checkpoint, shard: str, output, converter) -> list[Block]:
     return blocks
 
 
-def _copied(base: Checkpoint, tensor: TensorInfo, first: int, size: int, output, at: int) -> Block:
+def _copied(base: Checkpoint, tensor: TensorInfo, first: int, size: int, output: BinaryIO,
+            at: int) -> Block:
     import torch
 
     def write() -> None:
@@ -265,8 +274,8 @@ def _copied(base: Checkpoint, tensor: TensorInfo, first: int, size: int, output,
     return Block(size, write)
 
 
-def _quantized(base: Checkpoint, tensor: TensorInfo, first: int, count: int, output,
-               places: dict[str, int], converter) -> Block:
+def _quantized(base: Checkpoint, tensor: TensorInfo, first: int, count: int, output: BinaryIO,
+               places: dict[str, int], converter: "ModelFreePtqConverter") -> Block:
     import torch
 
     row = tensor.nbytes // tensor.shape[0]
@@ -285,27 +294,27 @@ def _quantized(base: Checkpoint, tensor: TensorInfo, first: int, count: int, out
     return Block(count * row, write)
 
 
-def _read(source: Path, start: int, size: int):
+def _read(source: Path, start: int, size: int) -> "numpy.ndarray":
     """Bytes of a file as a uint8 array; read, not mapped, so that no file is held in memory."""
     import numpy as np
 
     return np.fromfile(source, np.uint8, size, offset=start)
 
 
-def _write(output, data, at: int) -> None:
+def _write(output: BinaryIO, data: "numpy.ndarray", at: int) -> None:
     rest = memoryview(data)
     while rest:  # a write near the end of the disk's space can be short; the next one raises
         written = os.pwrite(output.fileno(), rest, at)
         rest, at = rest[written:], at + written
 
 
-def _info(name: str, tensor) -> TensorInfo:
+def _info(name: str, tensor: "torch.Tensor") -> TensorInfo:
     """A (meta) tensor's entry in a header."""
     kinds = {_torch_dtype(kind): kind for kind in ("BF16", "F16", "F32", "F8_E4M3")}
     return TensorInfo(name, kinds[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
 
 
-def _torch_dtype(name: str):
+def _torch_dtype(name: str) -> "torch.dtype":
     """torch's type for one of safetensors' names; a checkpoint of another type is refused."""
     import torch
 
@@ -318,14 +327,13 @@ def _torch_dtype(name: str):
     return types[name]
 
 
-def _describe(base: Checkpoint, partial: Path, copied: tuple[str, ...], converter) -> None:
+def _describe(base: Checkpoint, partial: Path, copied: tuple[str, ...],
+              converter: "ModelFreePtqConverter") -> None:
     """The files beside the weights: those of the base, and the library's own config and index."""
     from compressed_tensors.utils.safetensors_load import update_safetensors_index
     from llmcompressor.entrypoints.model_free.save_utils import update_config
 
-    for pattern in ("config.json", "generation_config.json", *copied):
-        for file in base.path.glob(pattern):
-            shutil.copyfile(file, partial / file.name)
+    base.copy_beside(("config.json", "generation_config.json", *copied), partial)
     update_config(partial, converter.config)
     tensors = [t for file in sorted(partial.glob("*.safetensors"))
                for t in headers.read(file)]

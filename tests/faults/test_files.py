@@ -55,7 +55,7 @@ def mine(tiny_base, tmp_path) -> Path:
 def test_wrong_types(mine, tmp_workspace, name, value, happened):
     config = json.loads((mine / "config.json").read_text())
     (mine / "config.json").write_text(json.dumps(config | {name: value}))
-    for read in (checkpoint.verified, models.directory_profile, roofline.load_config):
+    for read in (checkpoint.verified, roofline.load_config):
         with pytest.raises(WorkbookError, match=f"config.json .*{name}") as said:
             read(mine)
     happened(said.value)
@@ -91,6 +91,19 @@ def test_odd_quantization_configs(tiny_base, tiny_fp8, block, happened):
     with pytest.raises(WorkbookError, match="config.json ignores") as said:
         verification.verify_fp8(tiny_base, odd)
     assert quantize.recipe_in(odd.config) != quantize.RECIPE
+    happened(said.value)
+
+
+@pytest.mark.fault("a tokenizer file that is a link to a file outside of the model's folder")
+@pytest.mark.parametrize("write", [
+    quantize.stream, lambda base, place: quantize.save(
+        quantize.quantized(base), base, place)], ids=["stream", "oneshot"])
+def test_a_link_out(tmp_workspace, mine, tmp_path, write, happened):
+    (tmp_path / "secret").write_text("a key")
+    (mine / "tokenizer.key").symlink_to(tmp_path / "secret")
+    with pytest.raises(WorkbookError, match="tokenizer.key of mine is a link to") as said:
+        write(checkpoint.verified(mine), tmp_path / "made")
+    assert not (tmp_path / "made").exists()
     happened(said.value)
 
 

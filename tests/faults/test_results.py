@@ -12,7 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import WorkbookError, checkpoint, hardware, models, quantize, verification, workspace
+from helpers import (
+    WorkbookError,
+    checkpoint,
+    hardware,
+    identity,
+    models,
+    quantize,
+    verification,
+    workspace,
+)
 
 REPO = workspace.repo()
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -68,7 +77,7 @@ def test_another_base(tmp_workspace, tiny_base, tmp_path, small_memory, capsys, 
 @pytest.mark.fault("weights retrained in the same directory")
 def test_retrained_weights(tmp_workspace, tiny_base, tmp_path, small_memory, happened):
     place = copied(tiny_base, tmp_path / "mine")
-    first = models.directory_profile(place)
+    first = models.directory_profile(checkpoint.verified(place))
     one = quantize.fp8_checkpoint(first, first.checkpoint)
     file = place / "model.safetensors"
     before = file.stat()
@@ -78,7 +87,7 @@ def test_retrained_weights(tmp_workspace, tiny_base, tmp_path, small_memory, hap
         handle.seek(-2, os.SEEK_END)
         handle.write(bytes([low ^ 1]))
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as rsync and tar would
-    second = models.directory_profile(place)
+    second = models.directory_profile(checkpoint.verified(place))
     other = quantize.fp8_checkpoint(second, second.checkpoint)
     assert first.revision != second.revision and one.fingerprint != other.fingerprint
     assert models.model_info(first) != models.model_info(second)  # so results are told apart too
@@ -87,7 +96,8 @@ def test_retrained_weights(tmp_workspace, tiny_base, tmp_path, small_memory, hap
 
 @pytest.mark.fault("two model directories of one name")
 def test_two_directories_of_one_name(tmp_workspace, tiny_base, tmp_path, happened):
-    here, there = (models.directory_profile(copied(tiny_base, tmp_path / part / "model", change))
+    here, there = (models.directory_profile(checkpoint.verified(
+                       copied(tiny_base, tmp_path / part / "model", change)))
                    for part, change in (("a", None), ("b", retrain)))
     assert quantize.target(here) != quantize.target(there)
     assert here.name != there.name
@@ -106,9 +116,9 @@ def test_other_making(tmp_workspace, tiny_base, tiny_fp8, small_memory, capsys, 
                       happened):
     place = quantize.target(models.tiny())
     shutil.copytree(tiny_fp8.path, place)
-    made_from = json.loads((place / checkpoint.MADE_FROM).read_text())
+    made_from = json.loads((place / identity.MADE_FROM).read_text())
     change(made_from)
-    workspace.write_json(place / checkpoint.MADE_FROM, made_from)
+    workspace.write_json(place / identity.MADE_FROM, made_from)
     workspace.write_manifest(place)
     made = quantize.fp8_checkpoint(models.tiny(), tiny_base)
     said = capsys.readouterr().out
