@@ -6,42 +6,27 @@ when it was opened, by `verified`, and nobody does either again.
 
 import contextlib
 import functools
-import hashlib
-import json
-import re
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from helpers import WorkbookError, headers, workspace
+from helpers import WorkbookError, headers, identity, workspace
 from helpers.headers import ITEM_BYTES, TensorInfo
+from helpers.identity import Origin
 
 FP8_SUFFIX = ".weight_scale"
 # `model_free_ptq` sees names, not classes, so its ignore list has to spare the embedding too.
 EMBEDDING = "re:.*embed_tokens$"
 ROLES = ("embedding", "attention", "mlp", "norm", "scale", "lm_head")  # from input to output
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-MADE_FROM = "made_from.json"  # what an `Origin` is kept in, inside the checkpoint
 ATTEMPTS = 3  # at opening a checkpoint that another process is replacing
 # What this workbook, Transformers and vLLM compute with.
 CONFIG_TYPES = {name: int for name in (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "vocab_size", "max_position_embeddings")} | {
     "tie_word_embeddings": bool, "quantization_config": dict, "rope_parameters": dict}
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a quantized checkpoint was made from.
-
-    `base`: the base's fingerprint; `recipe`: as `helpers.quantize` reads it from config.json;
-    `versions`: of the libraries that made it, by name.
-    """
-
-    base: str
-    recipe: dict = field(hash=False)
-    versions: dict[str, str] = field(hash=False)
 
 
 @dataclass(frozen=True)
@@ -69,18 +54,38 @@ class Checkpoint:
         """The census, by the tensors' names."""
         return {tensor.name: tensor for tensor in self.tensors}
 
-    def file(self, name: str) -> Path:
-        """The file that holds a tensor.
+    @contextlib.contextmanager
+    def shard_of(self, name: str) -> Iterator:
+        """The file that holds a tensor, opened by safetensors for torch.
 
         Raises `WorkbookError` when no tensor has this name, or when the checkpoint has been
         replaced since it was opened.
         """
+        from safetensors import safe_open
+
         if name not in self.by_name:
             raise WorkbookError(f"There is no tensor {name} in {self.name}.",
                                 "Names are those of the checkpoint's header.",
                                 "Look at the checkpoint's `tensors` for the names there are.")
         self.require_unchanged()
-        return self.path / self.by_name[name].file
+        with safe_open(self.path / self.by_name[name].file, "pt") as shard:
+            self.require_unchanged()  # so this file is one of those, and stays so while it is open
+            yield shard
+
+    def copy_beside(self, patterns: Iterable[str], into: Path) -> None:
+        """Copy the files beside the weights whose names match to the folder `into`.
+
+        Raises `WorkbookError` for a link that leads out of the folder, but for the hub's own, into
+        its cache: what it leads to would be published with the checkpoint.
+        """
+        here = self.path.resolve()
+        for file in [file for pattern in patterns for file in self.path.glob(pattern)]:
+            if file.resolve().parent not in (here, here.parent.parent / "blobs"):
+                raise WorkbookError(f"{file.name} of {self.name} is a link to {file.resolve()}.",
+                                    "What lies there is no part of the model, and would be copied "
+                                    "and published with it.",
+                                    "Replace the link by the file, if it belongs to the model.")
+            shutil.copyfile(file, into / file.name)
 
     def require_unchanged(self) -> None:
         """Raise `WorkbookError` if the files are not those that were opened and verified."""
@@ -109,7 +114,7 @@ def finished(path: Path) -> Checkpoint:
 
 
 def just_written(path: Path) -> Checkpoint:
-    """Open a directory that this process has just finished, and whose sums it took by doing so."""
+    """Open a directory that this process has just finished: its manifest's sums are fresh."""
     return _opened(path.absolute(), check_sums=False)
 
 
@@ -130,7 +135,7 @@ def _opened(path: Path, check_sums: bool) -> Checkpoint:
 
 
 def _files(path: Path) -> tuple:
-    """Name, inode, size and time of config.json and the weights: other ones, another tuple."""
+    """Name, inode, size and time of config.json and of each file of weights."""
     found = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # a moment before it is there
         for file in sorted((path / "config.json", *path.glob("*.safetensors"))):
@@ -150,7 +155,8 @@ def _read(path: Path, files: tuple, check_sums: bool) -> Checkpoint:
     tensors = tuple(census(path))
     if check_sums and workspace.read_manifest(path) is not None:
         workspace.verify(path)
-    return Checkpoint(path, fingerprint(path), tensors, config, _origin(path), files)
+    return Checkpoint(path, identity.fingerprint(path), tensors, config, identity.origin(path),
+                      files)
 
 
 def read_config(path: Path) -> dict:
@@ -159,16 +165,15 @@ def read_config(path: Path) -> dict:
     Raises `WorkbookError` when it is none: not there, no JSON, without `model_type`, or with a
     value of the wrong type where this workbook computes with it.
     """
+    remedy = "Name a directory as Transformers' save_pretrained writes it."
     try:
         config = workspace.read_json(path / "config.json")
     except WorkbookError as error:
         raise WorkbookError(error.what, "Without it nobody knows what the weights are for.",
-                            "Name a directory as Transformers' save_pretrained writes it."
-                            ) from None
+                            remedy) from None
     if not isinstance(config.get("model_type"), str):
         raise WorkbookError(f"{path}: config.json names no model_type.",
-                            "It is not a Transformers model.",
-                            "Name a directory as Transformers' save_pretrained writes it.")
+                            "It is not a Transformers model.", remedy)
     for name, kind in CONFIG_TYPES.items():
         value = config.get(name)
         if value is not None and (type(value) is not kind or kind is int and value <= 0):
@@ -180,63 +185,14 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def _origin(path: Path) -> Origin | None:
-    """What the directory says it was made from; None where it says nothing readable."""
-    try:
-        return Origin(**workspace.read_json(path / MADE_FROM))
-    except (WorkbookError, TypeError):
-        return None
-
-
-def fingerprint(directory: Path) -> str:
-    """One SHA-256 for all that a loader reads of a directory: of its manifest, or of its sums.
-
-    A directory without a manifest gets its sums from `sums`.
-    """
-    found = workspace.read_manifest(directory)
-    return hashlib.sha256(json.dumps(sums(directory) if found is None else found,
-                                     sort_keys=True).encode()).hexdigest()
-
-
-def sums(directory: Path) -> dict[str, str]:
-    """What tells the content of each file that a loader reads, by name.
-
-    In the hub's cache a file is a link to a blob that is named by its content's sum, which
-    `helpers.hub` checked when it was fetched. Any other file's SHA-256 is taken, once: the
-    workspace keeps it with the file's place, size, inode and both of its times, the second of which
-    no program can set back.
-    """
-    cache = workspace.root() / "sums.json"
-    try:
-        known = workspace.read_json(cache)
-    except WorkbookError:
-        known = {}
-    found, new = {}, {}
-    for file in sorted(directory.iterdir()):
-        if file.suffix not in workspace.LOADED and not file.name.startswith("tokenizer"):
-            continue
-        blob = file.resolve()
-        if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", blob.name):
-            found[file.name] = blob.name
-            continue
-        stat = blob.stat()
-        key = (f"{blob} {stat.st_size} {stat.st_dev} {stat.st_ino} {stat.st_mtime_ns} "
-               f"{stat.st_ctime_ns}")
-        found[file.name] = new[key] = known.get(key) or workspace.sha256(blob)
-    if not new.keys() <= known.keys():
-        workspace.write_json(cache, known | new)
-    return found
-
-
 def census(path: Path) -> list[TensorInfo]:
     """Every tensor of the checkpoint directory `path`, in the order of its files.
 
     Raises `WorkbookError` when there are no safetensors, when the index is none or a shard of it
     is missing, or when the index and the shards disagree on the tensors.
     """
-    index = path / "model.safetensors.index.json"
+    index, placed = path / "model.safetensors.index.json", None
     files = sorted(path.glob("*.safetensors"))
-    placed = None
     if index.is_file():
         try:
             placed = workspace.read_json(index)["weight_map"]
@@ -309,9 +265,7 @@ def read_tensor(model: Checkpoint, name: str):
 
     Raises `WorkbookError` when no tensor has this name.
     """
-    from safetensors import safe_open
-
-    with safe_open(model.file(name), "pt") as shard:
+    with model.shard_of(name) as shard:
         return shard.get_tensor(name)
 
 

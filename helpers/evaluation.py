@@ -72,7 +72,8 @@ def task(profile) -> tuple:
     manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
     if not os.environ.get(GSM8K_VARIABLE):
         return "gsm8k", manager
-    return _gsm8k_from(Path(os.environ[GSM8K_VARIABLE]), folder / "gsm8k.yaml"), manager
+    official = workspace.resolved(os.environ[GSM8K_VARIABLE])
+    return _gsm8k_from(official, folder / "gsm8k.yaml"), manager
 
 
 def _gsm8k_from(directory: Path, definition: Path) -> dict:

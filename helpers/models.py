@@ -3,7 +3,6 @@
 import os
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 from helpers import WorkbookError, checkpoint, workspace
 from helpers.checkpoint import Checkpoint
@@ -64,7 +63,7 @@ def tiny() -> Profile:
         source="bundled", task="tiny_gsm8k")
 
 
-def _of_directory(found: Checkpoint, **known) -> Profile:
+def _of_directory(found: Checkpoint, **known: str) -> Profile:
     return Profile(
         revision=f"sha256:{found.fingerprint[:16]}", checkpoint=found,
         parameters=sum(prod(t.shape) for t in found.tensors),
@@ -74,13 +73,12 @@ def _of_directory(found: Checkpoint, **known) -> Profile:
                           found.config.get("max_position_embeddings") or 4096), **known)
 
 
-def directory_profile(path: Path) -> Profile:
-    """A profile of a directory of safetensors; raises `WorkbookError` when it is not usable.
+def directory_profile(found: Checkpoint) -> Profile:
+    """A profile of a reader's own checkpoint.
 
     Its name ends in the first digits of its fingerprint: another directory of that name, or other
     weights in this one, make another profile, with a checkpoint and results of its own.
     """
-    found = checkpoint.verified(path)
     # The bundled model's vocabulary is its mark: no model of the world has so small a one.
     tiny_like = (found.config.get("vocab_size") or 0) <= 1024
     return _of_directory(found, name=f"{found.path.resolve().name}-{found.fingerprint[:8]}",
@@ -93,18 +91,19 @@ def directory_profile(path: Path) -> Profile:
 def choose(machine: Machine, name: str | None = None) -> Profile:
     """The profile `name`, or PHI4_FP8_PROFILE, or the best that fits `machine`.
 
-    `name` may be a directory. Raises `WorkbookError` for an unknown name, or a model that does
-    not fit the machine.
+    `name` may be a directory, as `workspace.resolved` finds it; a profile's name comes first.
+    Raises `WorkbookError` for an unknown name, or a model that does not fit the machine.
     """
     name = name or os.environ.get(VARIABLE) or ""
     profiles = {profile.name: profile for profile in (PHI4, PHI4_MINI, SMOLLM2)}
-    if name and Path(name).is_dir():
-        return directory_profile(Path(name))
     if name == "tiny-phi4":
         return tiny()
     if name and name not in profiles:
+        directory = workspace.resolved(name)
+        if directory.is_dir():
+            return directory_profile(checkpoint.verified(directory))
         raise WorkbookError(
-            f"There is no profile {name!r}, and no directory of that name.",
+            f"There is no profile {name!r}, and no directory {directory}.",
             f"{VARIABLE} chooses the model that the notebooks work on.",
             f"Set it to {', '.join(profiles)}, tiny-phi4 or a directory of safetensors, or unset "
             "it to get the best that fits.")

@@ -5,21 +5,29 @@ import io
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpers import (
     WorkbookError,
     checkpoint,
     hardware,
+    identity,
     models,
     streaming,
     verification,
     workspace,
 )
-from helpers.checkpoint import Checkpoint, Origin
+from helpers.checkpoint import Checkpoint
 from helpers.hardware import Machine, serving_mode
+from helpers.identity import Origin
 from helpers.models import Profile
+
+if TYPE_CHECKING:
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from transformers import PreTrainedModel
 
 # Beside the weights and config, which save_pretrained writes.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "merges.txt",
@@ -52,7 +60,7 @@ class Route:
     why: str
 
 
-def recipe():
+def recipe() -> "QuantizationModifier":
     """LLM Compressor's recipe: every Linear but the output head, FP8_DYNAMIC."""
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
@@ -84,7 +92,11 @@ def fp8_checkpoint(profile: Profile, base: Checkpoint) -> Checkpoint:
     way = route(base)
     print(way.why)
     made = stream(base, place) if way.streams else save(quantized(base), base, place)
-    verification.verify_fp8(base, made)
+    try:
+        verification.verify_fp8(base, made)
+    except WorkbookError:
+        shutil.rmtree(made.path)  # or it would be taken for a good one the next time
+        raise
     return made
 
 
@@ -101,17 +113,25 @@ def _differences(found: Origin | None, wanted: Origin) -> str:
         ("from another base", found.base, wanted.base),
         ("by another recipe", found.recipe, wanted.recipe)) if a != b]
     if found.versions != wanted.versions:
-        said.append("by " + ", ".join(f"{n} {v}" for n, v in found.versions.items()))
+        other = [f"{name} {version}" for name, version in found.versions.items()
+                 if wanted.versions.get(name) != version]
+        said.append(f"by {', '.join(other) or 'other libraries'}")
     return " and ".join(said)
 
 
 def recipe_in(config: dict) -> dict:
     """The recipe that a quantized checkpoint's config.json tells of, in the form of `RECIPE`."""
-    said = config.get("quantization_config") or {}
-    group = next(iter((said.get("config_groups") or {}).values()), {})
+    def inside(value, name: str) -> dict:
+        found = value.get(name)
+        return found if isinstance(found, dict) else {}
+
+    said = inside(config, "quantization_config")
+    groups, ignored = inside(said, "config_groups"), said.get("ignore")
+    group = inside(groups, next(iter(groups), ""))
     return {"format": said.get("format"), "targets": group.get("targets"),
-            "ignore": sorted(set(said.get("ignore") or ()) - {checkpoint.EMBEDDING}),
-            **{part: {key: (group.get(part) or {}).get(key) for key in RECIPE[part]}
+            "ignore": sorted(set(ignored) - {checkpoint.EMBEDDING})
+            if isinstance(ignored, list) else ignored,
+            **{part: {key: inside(group, part).get(key) for key in RECIPE[part]}
                for part in ("weights", "input_activations")}}
 
 
@@ -145,7 +165,7 @@ def stream(base: Checkpoint, place: Path) -> Checkpoint:
         return streaming.stream(base, place, TOKENIZER_FILES, origin(base, RECIPE))
 
 
-def quantized(base: Checkpoint):
+def quantized(base: Checkpoint) -> "PreTrainedModel":
     """The model of `base`, loaded in bf16 and quantized in place by `oneshot`."""
     import torch
     from llmcompressor import oneshot
@@ -157,28 +177,28 @@ def quantized(base: Checkpoint):
     return model
 
 
-def save(model, base: Checkpoint, place: Path) -> Checkpoint:
+def save(model: "PreTrainedModel", base: Checkpoint, place: Path) -> Checkpoint:
     """Write a model that `oneshot` has quantized, with the tokenizer of `base`, to `place`.
 
     The directory appears whole, with its manifest and what it was made from, or not at all
     (`workspace.building`).
     """
+    verification.require_finite(base)
     written = checkpoint.total_bytes(checkpoint.predict_fp8(base.tensors))
     with workspace.building(place, needs_bytes=written) as partial:
         with quiet():
             model.save_pretrained(partial, save_compressed=True)
         for file in partial.glob("*.safetensors"):  # safetensors lets nobody but the owner read
             file.chmod(0o644)  # them, and a container serves as another user
-        for pattern in TOKENIZER_FILES:
-            for file in base.path.glob(pattern):
-                shutil.copyfile(file, partial / file.name)
+        base.copy_beside(TOKENIZER_FILES, partial)
+        base.require_unchanged()
         used = recipe_in(checkpoint.read_config(partial))
-        workspace.write_json(partial / checkpoint.MADE_FROM, asdict(origin(base, used)))
+        workspace.write_json(partial / identity.MADE_FROM, asdict(origin(base, used)))
     return checkpoint.just_written(place)
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Keep LLM Compressor's warnings and bars off the page; errors still come through."""
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -67,9 +67,7 @@ def of(fp8: Checkpoint, module: str):
 
 def rows(model: Checkpoint, name: str, start: int, stop: int):
     """Rows start to stop of a tensor, float32; nothing else of it is read."""
-    from safetensors import safe_open
-
-    with safe_open(model.file(name), "pt") as shard:
+    with model.shard_of(name) as shard:
         return shard.get_slice(name)[start:stop].float()
 
 
@@ -88,13 +86,12 @@ def channel_error(base: Checkpoint, fp8: Checkpoint, module: str, channels: int 
     `channels`: the first so many only; all when None.
     """
     import torch
-    from safetensors import safe_open
 
     scale = of(fp8, module)[:channels]
     name = f"{module}.weight"
     require_one_model(base, fp8, name)
     signal, noise = torch.empty_like(scale), torch.empty_like(scale)
-    with (safe_open(base.file(name), "pt") as before, safe_open(fp8.file(name), "pt") as after):
+    with base.shard_of(name) as before, fp8.shard_of(name) as after:
         original, codes = before.get_slice(name), after.get_slice(name)
         step = max(1, SLICE // codes.get_shape()[1])
         for start in range(0, len(scale), step):

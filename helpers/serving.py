@@ -137,6 +137,7 @@ class VllmServer:
         self.session = self._supervisor.pid
         try:
             self._wait_until_ready(began, progress)
+            self.checkpoint.require_unchanged()  # while vLLM read it
         except BaseException:
             self.stop()
             progress.close(f"vLLM: {self.model_name} did not start.")

@@ -10,16 +10,22 @@ import contextlib
 import fcntl
 import functools
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
-from helpers import WorkbookError, checkpoint, headers, workspace
-from helpers.checkpoint import Checkpoint, Origin
+from helpers import WorkbookError, checkpoint, headers, identity, verification, workspace
+from helpers.checkpoint import Checkpoint
 from helpers.headers import TensorInfo
+from helpers.identity import Origin
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+    from llmcompressor.entrypoints.model_free import ModelFreePtqConverter
 
 IGNORE = ("lm_head", checkpoint.EMBEDDING)
 # Measured on two cores with 1 MiB of L2 cache each: smaller blocks cost time, and larger ones cost
@@ -45,7 +51,8 @@ def memory() -> int:
 
 
 def _threads() -> int:
-    """One more than cores, of which eight outrun a disk: one waits for it, the others compute."""
+    """A thread for each core, up to eight, which are faster than a disk, and one that waits for it.
+    """
     return min(8, len(os.sched_getaffinity(0))) + 1
 
 
@@ -66,9 +73,10 @@ def stream(base: Checkpoint, place: Path, copied: tuple[str, ...],
     partial = place.parent / f".{place.name}.streaming"
     with workspace.writing(place, "The shards that were finished are kept, and it goes on from "
                            "there."):
-        partial.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        workspace.clear(place)
+        partial.mkdir(exist_ok=True)
         with _alone(partial):
-            workspace.remove_leftovers(place)
             _forget_another_base(partial, asdict(made_from))
             shards = list(dict.fromkeys(t.file for t in base.tensors))
             for left in partial.glob("*.unfinished"):
@@ -107,16 +115,16 @@ def _alone(directory: Path) -> Iterator[None]:
 def _forget_another_base(partial: Path, made_from: dict) -> None:
     """Empty `partial` unless it was begun from this very base by these very libraries."""
     try:
-        known = workspace.read_json(partial / checkpoint.MADE_FROM)
+        known = workspace.read_json(partial / identity.MADE_FROM)
     except WorkbookError:
         known = None
     if known != made_from:
         for file in partial.iterdir():
             file.unlink()
-        workspace.write_json(partial / checkpoint.MADE_FROM, made_from)
+        workspace.write_json(partial / identity.MADE_FROM, made_from)
 
 
-def _converter():
+def _converter() -> "ModelFreePtqConverter":
     """LLM Compressor's converter for FP8_DYNAMIC, its scheme filled in.
 
     The library writes the format's name into the scheme at the first weight it converts; one
@@ -133,7 +141,7 @@ def _converter():
 
 @contextlib.contextmanager
 def _short_way() -> Iterator[None]:
-    """Within the block, LLM Compressor's quantization takes a shorter way to the same codes.
+    """Within the block, LLM Compressor's quantization reaches the same codes in fewer steps.
 
     The converter makes a Linear for each block and overwrites its weights at once; filling them
     with random numbers first took a quarter of the time. Of what was left, two thirds were spent on
@@ -155,9 +163,9 @@ def _short_way() -> Iterator[None]:
 
 @functools.cache
 def _register_straight() -> list[bool]:
-    """Give compressed-tensors another way to quantize, at the place it has for that.
+    """Register a faster function for compressed-tensors' `_quantize`, in its own registry.
 
-    It is taken while the returned list is not empty, so that `oneshot` stays as the library has it.
+    It is used while the returned list is not empty, so that `oneshot` stays as the library has it.
     """
     import torch
     from compressed_tensors.quantization.quant_args import round_to_quantized_type_args
@@ -177,8 +185,9 @@ def _register_straight() -> list[bool]:
     return wanted
 
 
-def _shards(base: Checkpoint, partial: Path, names: list[str], converter) -> dict[str, str]:
-    """Write each shard under a passing name, and under its own when it is on the disk.
+def _shards(base: Checkpoint, partial: Path, names: list[str],
+            converter: "ModelFreePtqConverter") -> dict[str, str]:
+    """Write each shard under a temporary name, and rename it when it is on the disk.
 
     Returns the shards' SHA-256 by name.
     """
@@ -205,8 +214,8 @@ def _shards(base: Checkpoint, partial: Path, names: list[str], converter) -> dic
         torch.set_num_threads(threads)
 
 
-def _finish(output, source: Path, target: Path) -> str:
-    """Put a written shard on the disk, and then under its name; returns its SHA-256.
+def _finish(output: BinaryIO, source: Path, target: Path) -> str:
+    """Flush a written shard to the disk and give it its name; returns its SHA-256.
 
     The source's pages are given up first: they are not read again, and the output's are, for the
     sum, which is why it is taken here and not when all shards are done.
@@ -225,11 +234,11 @@ def _run(block: Block) -> int:
     return block.nbytes
 
 
-def _blocks(base: Checkpoint, shard: str, output, converter) -> list[Block]:
+def _blocks(base: Checkpoint, shard: str, output: BinaryIO,
+            converter: "ModelFreePtqConverter") -> list[Block]:
     """Write the output's header; return the blocks that fill in the data."""
     import torch
 
-    source = base.path / shard
     before = [tensor for tensor in base.tensors if tensor.file == shard]
     made = {t.name: converter.process({t.name: torch.empty(
         t.shape, dtype=_torch_dtype(t.dtype), device="meta")}) for t in before}
@@ -238,33 +247,46 @@ def _blocks(base: Checkpoint, shard: str, output, converter) -> list[Block]:
     blocks = []
     for tensor in before:
         if len(made[tensor.name]) == 1:  # not a target: its bytes are copied
-            for first in range(0, tensor.nbytes, BLOCK_BYTES):
-                size = min(BLOCK_BYTES, tensor.nbytes - first)
-                blocks.append(_copied(source, tensor.start + first, size, output,
+            step = BLOCK_BYTES // 8 * 8  # whole numbers of every type
+            for first in range(0, tensor.nbytes, step):
+                size = min(step, tensor.nbytes - first)
+                blocks.append(_copied(base, tensor, first, size, output,
                                       places[tensor.name] + first))
             continue
         row = tensor.nbytes // tensor.shape[0]
         rows = max(1, BLOCK_BYTES // row)
         for first in range(0, tensor.shape[0], rows):
             count = min(rows, tensor.shape[0] - first)
-            blocks.append(_quantized(source, tensor, first, count, output, places, converter))
+            blocks.append(_quantized(base, tensor, first, count, output, places, converter))
     return blocks
 
 
-def _copied(source: Path, start: int, size: int, output, at: int) -> Block:
-    return Block(size, lambda: _write(output, _read(source, start, size), at))
+def _copied(base: Checkpoint, tensor: TensorInfo, first: int, size: int, output: BinaryIO,
+            at: int) -> Block:
+    import torch
+
+    def write() -> None:
+        data = _read(base.path / tensor.file, tensor.start + first, size)
+        if not torch.isfinite(torch.from_numpy(data).view(_torch_dtype(tensor.dtype))).all():
+            raise verification.not_finite(base, tensor.name)
+        _write(output, data, at)
+
+    return Block(size, write)
 
 
-def _quantized(source: Path, tensor: TensorInfo, first: int, count: int, output,
-               places: dict[str, int], converter) -> Block:
+def _quantized(base: Checkpoint, tensor: TensorInfo, first: int, count: int, output: BinaryIO,
+               places: dict[str, int], converter: "ModelFreePtqConverter") -> Block:
     import torch
 
     row = tensor.nbytes // tensor.shape[0]
 
     def write() -> None:
-        data = _read(source, tensor.start + first * row, count * row)
+        data = _read(base.path / tensor.file, tensor.start + first * row, count * row)
         weight = torch.from_numpy(data).view(_torch_dtype(tensor.dtype)).reshape(count, -1)
         for name, part in converter.process({tensor.name: weight}).items():
+            # A row's scale is its largest magnitude over 448: NaN and infinity show in it.
+            if name.endswith(checkpoint.FP8_SUFFIX) and not torch.isfinite(part).all():
+                raise verification.not_finite(base, tensor.name)
             # Weight and scale both have the output channels as rows.
             data = part.contiguous().view(torch.uint8).numpy().reshape(-1)
             _write(output, data, places[name] + first * (data.nbytes // count))
@@ -272,27 +294,27 @@ def _quantized(source: Path, tensor: TensorInfo, first: int, count: int, output,
     return Block(count * row, write)
 
 
-def _read(source: Path, start: int, size: int):
+def _read(source: Path, start: int, size: int) -> "numpy.ndarray":
     """Bytes of a file as a uint8 array; read, not mapped, so that no file is held in memory."""
     import numpy as np
 
     return np.fromfile(source, np.uint8, size, offset=start)
 
 
-def _write(output, data, at: int) -> None:
+def _write(output: BinaryIO, data: "numpy.ndarray", at: int) -> None:
     rest = memoryview(data)
     while rest:  # a write near the end of the disk's space can be short; the next one raises
         written = os.pwrite(output.fileno(), rest, at)
         rest, at = rest[written:], at + written
 
 
-def _info(name: str, tensor) -> TensorInfo:
+def _info(name: str, tensor: "torch.Tensor") -> TensorInfo:
     """A (meta) tensor's entry in a header."""
     kinds = {_torch_dtype(kind): kind for kind in ("BF16", "F16", "F32", "F8_E4M3")}
     return TensorInfo(name, kinds[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
 
 
-def _torch_dtype(name: str):
+def _torch_dtype(name: str) -> "torch.dtype":
     """torch's type for one of safetensors' names; a checkpoint of another type is refused."""
     import torch
 
@@ -305,14 +327,13 @@ def _torch_dtype(name: str):
     return types[name]
 
 
-def _describe(base: Checkpoint, partial: Path, copied: tuple[str, ...], converter) -> None:
+def _describe(base: Checkpoint, partial: Path, copied: tuple[str, ...],
+              converter: "ModelFreePtqConverter") -> None:
     """The files beside the weights: those of the base, and the library's own config and index."""
     from compressed_tensors.utils.safetensors_load import update_safetensors_index
     from llmcompressor.entrypoints.model_free.save_utils import update_config
 
-    for pattern in ("config.json", "generation_config.json", *copied):
-        for file in base.path.glob(pattern):
-            shutil.copyfile(file, partial / file.name)
+    base.copy_beside(("config.json", "generation_config.json", *copied), partial)
     update_config(partial, converter.config)
     tensors = [t for file in sorted(partial.glob("*.safetensors"))
                for t in headers.read(file)]

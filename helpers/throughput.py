@@ -138,8 +138,7 @@ def benchmark() -> Iterator:
 
     What the benchmark prints goes to logs/benchmark.log in the workspace.
     """
-    logs = workspace.root() / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    logs = workspace.folder("logs")
     env = {**os.environ, **serving.ENVIRONMENT, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     env.pop("PYTHONPATH", None)
     with open(logs / "benchmark.log", "a") as log:

@@ -41,7 +41,8 @@ def verify_fp8(base: Checkpoint, fp8: Checkpoint,
 
     Compared: names, types, shapes, total bytes, `quantization_config`; scales finite and positive;
     copied tensors equal; every weight rebuilt to within 17/16 of half a step of its E4M3 grid.
-    Raises `WorkbookError` that lists each disagreement. `ROWS` rows at a time are in memory.
+    Raises `WorkbookError` that lists each disagreement, or names the base's tensor that is not
+    finite. `ROWS` rows at a time are in memory.
     """
     actual = fp8.tensors
     predicted = predict_fp8(base.tensors, ignore)
@@ -56,8 +57,10 @@ def verify_fp8(base: Checkpoint, fp8: Checkpoint,
                 # LLM Compressor divides in bf16 and then rounds to E4M3. The first rounding moves a
                 # value by up to 2^-9 of it, a sixteenth of half a step, before the second does.
                 if steps > 1 + 2**-4:
+                    _require_finite(base, tensor.name)
                     wrong.append(f"{tensor.name} is off by {steps:.2f} half steps, or its scale is")
             elif not _equal(base, fp8, tensor.name):
+                _require_finite(base, tensor.name)
                 wrong.append(f"{tensor.name} is not the base's")
     if wrong:
         raise WorkbookError(
@@ -70,6 +73,29 @@ def verify_fp8(base: Checkpoint, fp8: Checkpoint,
         ignored=tuple(m for m in ignore if any(t.name == f"{m}.weight" for t in actual)),
         copied=sum(t.dtype != "F8_E4M3" and not t.name.endswith(FP8_SUFFIX) for t in actual),
         predicted_bytes=total_bytes(predicted), actual_bytes=total_bytes(actual), worst_step=worst)
+
+
+def require_finite(base: Checkpoint) -> None:
+    """Raise `WorkbookError` if a weight of a base is NaN or infinite: no scale fits such a row."""
+    for tensor in base.tensors:
+        _require_finite(base, tensor.name)
+
+
+def _require_finite(base: Checkpoint, name: str) -> None:
+    import torch
+
+    for rows in _rows(base, name):
+        if rows.is_floating_point() and not torch.isfinite(rows).all():
+            raise not_finite(base, name)
+
+
+def not_finite(base: Checkpoint, name: str) -> WorkbookError:
+    """The error of a base that no FP8 checkpoint can be made from."""
+    return WorkbookError(
+        f"{name} of the base, {base.name}, holds NaN or infinity.",
+        "The fault is in the weights that are to be quantized: no scale fits them, and no FP8 "
+        "checkpoint made from them can be right.",
+        f"Fetch the base again, or train it anew: {base.path}.")
 
 
 def _disagreements(predicted: Sequence[TensorInfo], actual: Sequence[TensorInfo]) -> list[str]:
@@ -85,8 +111,9 @@ def _config_disagreements(fp8: Checkpoint, ignore: tuple[str, ...]) -> list[str]
     config = fp8.config.get("quantization_config")
     if config is None:
         return ["config.json has no quantization_config"]
-    named = sorted(set(config.get("ignore") or ()) - {EMBEDDING})
-    wrong = [] if named == sorted(ignore) else [f"config.json ignores {config.get('ignore')}"]
+    ignored = config.get("ignore")
+    named = sorted(set(map(str, ignored if isinstance(ignored, list) else ())) - {EMBEDDING})
+    wrong = [] if named == sorted(ignore) else [f"config.json ignores {ignored}"]
     if config.get("format") != "float-quantized":
         wrong.append(f"the format is {config.get('format')}, expected float-quantized")
     return wrong
@@ -118,10 +145,7 @@ def _equal(base: Checkpoint, fp8: Checkpoint, name: str) -> bool:
 
 def _rows(model: Checkpoint, name: str) -> Iterator:
     """A tensor, `ROWS` of its rows at a time."""
-    from safetensors import safe_open
-
-    file = model.file(name)
     for first in range(0, model.by_name[name].shape[0], ROWS):
         # Opened anew each time: an open file keeps all that was read of it in this process.
-        with safe_open(file, "pt") as shard:
+        with model.shard_of(name) as shard:
             yield shard.get_slice(name)[first:first + ROWS]

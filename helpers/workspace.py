@@ -21,8 +21,9 @@ from types import MappingProxyType
 
 from helpers import WorkbookError
 
+VARIABLE = "PHI4_FP8_WORKSPACE"
 MANIFEST = "MANIFEST.json"
-LOADED = (".safetensors", ".json", ".jinja", ".txt")  # what a loader reads, beside tokenizer*
+LOADED = (".safetensors", ".json", ".jinja")  # what a loader reads because it is there
 
 
 def repo() -> Path:
@@ -35,29 +36,50 @@ def data(*parts: str) -> Path:
     return repo().joinpath("data", *parts)
 
 
+def resolved(named: str) -> Path:
+    """The absolute place that a reader has named, in an environment variable for instance.
+
+    `~` is the home folder. A relative place counts from the repository's top, where `make` is
+    typed, and not from the working directory: a notebook's is the folder of the notebooks.
+    """
+    try:
+        return (repo() / Path(named.strip()).expanduser()).resolve()
+    except RuntimeError as error:
+        raise WorkbookError(f"{named!r} cannot be found: {error}", "This user has no home folder.",
+                            "Name the place by its whole path.") from None
+
+
 def root() -> Path:
     """The workspace: PHI4_FP8_WORKSPACE, or `workspace` in the repository; made if not there."""
-    place = Path(os.environ.get("PHI4_FP8_WORKSPACE") or repo() / "workspace").resolve()
-    with writing(place, "The workspace holds all that the notebooks make."):
-        place.mkdir(parents=True, exist_ok=True)
-    return place
+    where = resolved(os.environ.get(VARIABLE) or "workspace")
+    with writing(where, "The workspace holds all that the notebooks make."):
+        where.mkdir(parents=True, exist_ok=True)
+    return where
 
 
-def require_disk(place: Path, nbytes: int, purpose: str) -> None:
-    """Raise `WorkbookError` unless `nbytes` are free where `place` is or will be."""
-    there = next(folder for folder in (place, *place.parents) if folder.exists())
+def folder(*parts: str) -> Path:
+    """A folder of the workspace, `logs` for instance; made if not there."""
+    where = root().joinpath(*parts)
+    with writing(where):
+        where.mkdir(parents=True, exist_ok=True)
+    return where
+
+
+def require_disk(where: Path, nbytes: int, purpose: str) -> None:
+    """Raise `WorkbookError` unless `nbytes` are free where `where` is or will be."""
+    there = next(each for each in (where, *where.parents) if each.exists())
     free = shutil.disk_usage(there).free
     if free < nbytes:
         raise WorkbookError(
-            f"{purpose} needs {nbytes / 1e9:.1f} GB of disk at {place}, and {free / 1e9:.1f} GB "
+            f"{purpose} needs {nbytes / 1e9:.1f} GB of disk at {where}, and {free / 1e9:.1f} GB "
             "are free.",
             "It was not started, so nothing half-written is left.",
             "Free some space, or set PHI4_FP8_WORKSPACE to a folder on a larger disk.")
 
 
 @contextlib.contextmanager
-def writing(place: Path, kept: str = "Nothing half-written is left.") -> Iterator[None]:
-    """Put the system's refusal to write at `place` in words; `kept`: what is left of the work.
+def writing(where: Path, kept: str = "Nothing half-written is left.") -> Iterator[None]:
+    """Put the system's refusal to write at `where` in words; `kept`: what is left of the work.
 
     Raises `WorkbookError` for a full disk, a read-only or foreign folder, a file where a folder
     should be, and a failing disk. Other errors go through as they are.
@@ -69,33 +91,33 @@ def writing(place: Path, kept: str = "Nothing half-written is left.") -> Iterato
     except Exception as error:
         if is_full_disk(error):
             raise WorkbookError(
-                f"The disk filled up while {place.name} was being written.", kept,
+                f"The disk filled up while {where.name} was being written.", kept,
                 "Free some space, or set PHI4_FP8_WORKSPACE to a folder on a larger disk, and run "
                 "this again.") from error
         number = error.errno if isinstance(error, OSError) else None
         if number in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise WorkbookError(
-                f"{place} cannot be written: {os.strerror(number)}.", kept,
+                f"{where} cannot be written: {os.strerror(number)}.", kept,
                 "Set PHI4_FP8_WORKSPACE to a folder that you can write to, and run this again."
             ) from error
         if number in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             raise WorkbookError(
-                f"{place} cannot be written: {_in_the_way(place)}.", kept,
+                f"{where} cannot be written: {_in_the_way(where)}.", kept,
                 "Move it away, or set PHI4_FP8_WORKSPACE to another folder, and run this again."
             ) from error
         if number in (errno.EIO, errno.ENAMETOOLONG, errno.ELOOP):
-            raise WorkbookError(f"{place} cannot be written: {os.strerror(number)}.", kept,
+            raise WorkbookError(f"{where} cannot be written: {os.strerror(number)}.", kept,
                                 "Set PHI4_FP8_WORKSPACE to another folder, and run this again."
                                 ) from error
         raise
 
 
-def _in_the_way(place: Path) -> str:
+def _in_the_way(where: Path) -> str:
     """What stands where a folder or a file should be."""
-    for folder in reversed(place.parents):
+    for folder in reversed(where.parents):
         if folder.exists() and not folder.is_dir():
             return f"{folder} is a file, and should be a folder"
-    kind = "a folder" if place.is_dir() else "a file"
+    kind = "a folder" if where.is_dir() else "a file"
     return f"there is {kind} of that name, where something else should be"
 
 
@@ -110,9 +132,7 @@ def building(target: Path, needs_bytes: int = 0) -> Iterator[Path]:
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
     with writing(target, "What was written so far has been removed; nothing half-written is left."):
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and not target.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
-        remove_leftovers(target)
+        clear(target)
         require_disk(target.parent, needs_bytes, f"Writing {target.name}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -131,19 +151,24 @@ def is_full_disk(error: BaseException) -> bool:
     return isinstance(error, Exception) and any(word in str(error) for word in words)
 
 
-def remove_leftovers(target: Path) -> None:
-    """Remove what processes that are dead left beside `target` when they were making it."""
+def clear(target: Path) -> None:
+    """Remove what processes that are dead left beside `target` when they were making it.
+
+    Raises NotADirectoryError when `target` is a file, which would be removed with an older one.
+    """
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
     for left in target.parent.glob(f".{target.name}.*-*"):
         pid = left.name.rpartition("-")[2]
         if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
             _remove(left)
 
 
-def _remove(place: Path) -> None:
-    if place.is_symlink():
-        place.unlink()
+def _remove(left: Path) -> None:
+    if left.is_symlink():
+        left.unlink()
     else:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def replace(partial: Path, target: Path) -> None:
@@ -186,7 +211,7 @@ def write_manifest(directory: Path, known: Mapping[str, str] = MappingProxyType(
         files[name] = {"bytes": file.stat().st_size, "sha256": known.get(name) or sha256(file)}
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
-    write_json(directory / MANIFEST, files)
+    _write_json(directory / MANIFEST, files)
 
 
 def read_manifest(directory: Path) -> dict[str, dict] | None:
@@ -269,19 +294,23 @@ def write_json(path: Path, content) -> None:
     Raises `WorkbookError` as `writing` does.
     """
     with writing(path, "What it held before is kept."):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(content, indent=1) + "\n"
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        try:
-            with open(handle, "w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        _write_json(path, content)
+
+
+def _write_json(path: Path, content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=1) + "\n"
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    try:
+        with open(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
 
 
 def read_json(file: Path) -> dict:

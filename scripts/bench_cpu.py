@@ -247,7 +247,7 @@ def main() -> None:
             fp8 = quantize.save(quantize.quantized(base), base, scratch / "model-fp8")
             every.append(bench(name, base, fp8, generated, asked.rounds, stock=number == 0,
                                gguf=smollm2_in_q8_0(scratch) if number == 1 else None))
-            record(summary(every[-1]), models.directory_profile(base.path))
+            record(summary(every[-1]), models.directory_profile(base))
         finally:
             shutil.rmtree(scratch)
         print(summary(every[-1]).round(2).to_string(index=False), flush=True)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from helpers import WorkbookError, checkpoint, fp8, headers, roofline, workspace
 from helpers.checkpoint import Checkpoint
@@ -98,7 +97,7 @@ def verify(base: Checkpoint, made: Checkpoint, config: dict, seed: int) -> list[
     chosen = random.Random(seed).sample(modules, min(MODULES, len(modules)))
     for module in chosen:
         name = f"{module}.weight"
-        with safe_open(base.file(name), "pt") as old, safe_open(made.file(name), "pt") as new:
+        with base.shard_of(name) as old, made.shard_of(name) as new:
             weights, codes = (f.get_slice(name) for f in (old, new))
             scales = new.get_tensor(f"{module}.weight_scale")
             for first in range(0, scales.shape[0], 1024):

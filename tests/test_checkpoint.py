@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import WorkbookError, checkpoint, verification, workspace
+from helpers import WorkbookError, checkpoint, identity, verification, workspace
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_the_fingerprint_follows_every_byte(tmp_path):
     for name, content in {"a": "abc", "b": "abc", "c": "abd"}.items():
         with workspace.building(tmp_path / name) as partial:
             (partial / "weights").write_text(content)
-    a, b, c = (checkpoint.fingerprint(tmp_path / name) for name in "abc")
+    a, b, c = (identity.fingerprint(tmp_path / name) for name in "abc")
     assert a == b != c
 
 

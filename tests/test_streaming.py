@@ -21,6 +21,7 @@ from helpers import (
     checkpoint,
     course,
     headers,
+    identity,
     models,
     quantize,
     roofline,
@@ -65,7 +66,7 @@ def test_the_files_are_those_of_model_free_ptq_byte_for_byte(sharded, tmp_path):
     ours = quantize.stream(sharded, tmp_path / "ours")
     workspace.verify(ours.path)
     names = {file.name for file in theirs.iterdir()}
-    added = {workspace.MANIFEST, checkpoint.MADE_FROM}
+    added = {workspace.MANIFEST, identity.MADE_FROM}
     assert len(names) == 5 and names == {f.name for f in ours.path.iterdir()} - added
     for name in names:
         assert (ours.path / name).read_bytes() == (theirs / name).read_bytes(), name
@@ -175,7 +176,7 @@ def hundredth(tmp_path_factory):
 def test_a_notebook_hashes_and_reads_each_file_once(
         hundredth, tmp_workspace, monkeypatch):
     """What notebook 06 does on a GPU: five rounds of two arms take six starts of a server."""
-    quantize.stream(hundredth, quantize.target(models.directory_profile(hundredth.path)))
+    quantize.stream(hundredth, quantize.target(models.directory_profile(hundredth)))
     counted = collections.Counter()
 
     def count(module, name, what):
@@ -226,7 +227,7 @@ def test_a_killed_run_goes_on_at_its_shard_and_ends_with_the_same_bytes(
 def test_what_was_begun_from_another_base_is_not_gone_on_with(sharded, tmp_path, capsys):
     partial = tmp_path / ".made.streaming"
     partial.mkdir()
-    (partial / checkpoint.MADE_FROM).write_text("{}")
+    (partial / identity.MADE_FROM).write_text("{}")
     (partial / "model-00001-of-00003.safetensors").write_bytes(b"another model's")
     made = quantize.stream(sharded, tmp_path / "made")
     assert verification.verify_fp8(sharded, made).quantized == 16

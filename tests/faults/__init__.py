@@ -1,0 +1,1 @@
+"""Faults that a reader can meet; a package, so that its conftest is not the tests' own."""
