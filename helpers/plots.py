@@ -1,22 +1,32 @@
-"""The workbook's pictures: one function a picture, each with alt text, shown in place.
+"""Pictures of bytes, speed and scores, and what all of the workbook's pictures share.
 
-Colours are Okabe and Ito's, which readers with any common colour vision can tell apart
-(https://jfly.uni-koeln.de/color/). Every function draws on white, so that the figure reads the
-same in a light and in a dark theme.
+One function draws one picture and shows it in place, with alt text. A title states a finding only
+where the data shows it; else it asks the question. Colours are Okabe and Ito's, which readers with
+any common colour vision can tell apart (https://jfly.uni-koeln.de/color/). All is drawn on white,
+so that a figure reads the same in a light and in a dark theme.
 """
+
+from __future__ import annotations
 
 import base64
 import html
 import io
+from typing import TYPE_CHECKING
 
 from helpers import checkpoint
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 BF16, FP8, THIRD, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
 COLOURS = {"bf16": BF16, "fp8": FP8}
 TITLES = {"bf16": "bf16", "fp8": "FP8"}
+LATENCIES = {"ttft_ms": ("TTFT", "s--"), "tpot_ms": ("TPOT", "o-")}
+PUBLISHED = {"bf16": 17, "fp8": 32}  # the card's tokens/s on an A40, as in data/published
 
 
-def show(figure, alt: str) -> None:
+def show(figure: Figure, alt: str) -> None:
     """Display `figure` as a PNG that carries `alt` for screen readers, and close it.
 
     As HTML, because JupyterLab and nbconvert leave an image output without its alt text.
@@ -45,6 +55,7 @@ def ink(colour) -> str:
 
 
 def canvas(width: float = 8, height: float = 3.6, columns: int = 1):
+    """A figure of this size in inches, and its axes side by side: one, or an array of them."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -54,7 +65,7 @@ def canvas(width: float = 8, height: float = 3.6, columns: int = 1):
     return figure, axes
 
 
-def decode_ceilings(table) -> None:
+def decode_ceilings(table: DataFrame) -> None:
     """Phi-4's decoding ceilings in tokens/s by GPU, with the card's two A40 figures on them.
 
     `table`: `roofline.gpu_table`, one row a GPU. A bar is pale where the GPU cannot serve that arm.
@@ -67,8 +78,8 @@ def decode_ceilings(table) -> None:
                   alpha=1 if line["FP8 fits"] and line["FP8 kernel"] else 0.25)
         if name == "A40":
             axis.axhspan(row - 0.5, row + 0.5, color="#dddddd", zorder=0)
-            axis.plot([17], [row - 0.2], "D", color="black", ms=5, label="published: 17 and 32")
-            axis.plot([32], [row + 0.2], "D", color="black", ms=5)
+            axis.plot(PUBLISHED.values(), [row - 0.2, row + 0.2], "D", color="black", ms=5,
+                      label=f"published: {PUBLISHED['bf16']} and {PUBLISHED['fp8']}")
     names = []
     for name, line in table.iterrows():
         memory = f"{line['memory, GB']} GB"
@@ -82,13 +93,19 @@ def decode_ceilings(table) -> None:
     axis.barh([0], [0], color=FP8, label="FP8")
     axis.legend(loc="upper right", frameon=False)
     axis.set_xlabel("ceiling for one stream of Phi-4, tokens/s (bandwidth / bytes per token)")
-    axis.set_title("The same 1.93x on every GPU (pale: cannot be served there)", loc="left")
-    show(figure, f"Bars: the decoding ceiling of Phi-4 in bf16 and FP8 for {len(table)} GPUs; "
-                 "the card's 17 and 32 tokens per second lie at two thirds of the A40's bars. Pale "
-                 "bars: the weights do not fit, or vLLM has no FP8 kernel.")
+    gain = table["FP8 ceiling"] / table["bf16 ceiling"]
+    title = (f"The same {gain.mean():.2f}x on every GPU" if gain.max() - gain.min() < 0.005
+             else "How much can FP8 gain on each GPU?")
+    axis.set_title(f"{title} (pale: cannot be served there)", loc="left")
+    alt = f"Bars: the decoding ceiling of Phi-4 in bf16 and FP8 for {len(table)} GPUs. "
+    if "A40" in table.index:
+        shares = [PUBLISHED[arm] / table.loc["A40", f"{TITLES[arm]} ceiling"] for arm in PUBLISHED]
+        alt += (f"The card's {PUBLISHED['bf16']} and {PUBLISHED['fp8']} tokens per second lie at "
+                f"{shares[0]:.0%} and {shares[1]:.0%} of the A40's bars. ")
+    show(figure, alt + "Pale bars: the weights do not fit, or vLLM has no FP8 kernel.")
 
 
-def bytes_by_role(censuses: dict) -> None:
+def bytes_by_role(censuses: dict[str, DataFrame]) -> None:
     """Share of a model's bytes by role; `censuses` maps a title to `checkpoint.by_role`."""
     import matplotlib
     from matplotlib.patches import Patch
@@ -99,10 +116,11 @@ def bytes_by_role(censuses: dict) -> None:
              if any(role in table.index for table in censuses.values())]
     colours = dict(zip(roles, matplotlib.colormaps["cividis"].resampled(len(roles)).colors,
                        strict=True))
+    linear = []
     for row, table in enumerate(censuses.values()):
-        left = 0.0
-        for role, nbytes in table["bytes"].items():
-            share = 100 * nbytes / table["bytes"].sum()
+        left, shares = 0.0, 100 * table["bytes"] / table["bytes"].sum()
+        linear.append(shares.reindex(["attention", "mlp"]).sum())
+        for role, share in shares.items():
             axis.barh(row, share, left=left, color=colours[role], edgecolor="white")
             if share > 4:
                 axis.text(left + share / 2, row, f"{share:.0f} %", ha="center", va="center",
@@ -111,19 +129,25 @@ def bytes_by_role(censuses: dict) -> None:
     axis.set_yticks(range(len(censuses)), censuses)
     axis.invert_yaxis()
     axis.set_xlabel("share of the weights' bytes, %")
-    axis.set_title("Nearly all of a model's bytes are in its Linear layers", loc="left")
+    axis.set_title("Nearly all of a model's bytes are in its Linear layers" if min(linear) >= 90
+                   else "Where are a model's bytes?", loc="left")
     handles = [Patch(color=colours[role], label=role) for role in roles]
     axis.legend(handles=handles, ncols=len(roles), loc="upper left", bbox_to_anchor=(0, -0.3),
                 frameon=False)
-    show(figure, "Stacked bars: share of bytes by role, for " + " and ".join(censuses) + ".")
+    show(figure, "Stacked bars: share of bytes by role. In the Linear layers of attention and MLP: "
+                 + ", ".join(f"{share:.0f} % of {name}'s"
+                             for name, share in zip(censuses, linear, strict=True)) + ".")
 
 
-def detectable_loss(curve) -> None:
-    """The smallest loss that n rows show at 80 % power, none gained; `curve`: columns n, loss."""
+def detectable_loss(curve: DataFrame) -> None:
+    """The smallest loss that n rows show at 80 % power, none gained; `curve`: columns n, loss.
+
+    n has to hold 100, the card's rows, and 1,319, GSM8K's whole test set.
+    """
     figure, axis = canvas()
     axis.plot(curve["n"], curve["loss"] * 100, color=BF16)
-    for n in (100, 1319):
-        loss = curve.loc[curve["n"] == n, "loss"].item() * 100
+    marked = {n: curve.loc[curve["n"] == n, "loss"].item() * 100 for n in (100, 1319)}
+    for n, loss in marked.items():
         axis.plot([n], [loss], "o", color=FP8)
         axis.annotate(f"{n:,} rows: {loss:.1f} points", (n, loss), xytext=(8, 6),
                       textcoords="offset points")
@@ -134,23 +158,28 @@ def detectable_loss(curve) -> None:
     axis.set_xlabel("rows evaluated")
     axis.set_ylabel("smallest detectable loss, points\n(no row gained)")
     axis.set_ylim(bottom=0)
-    axis.set_title("A hundred rows show only large losses", loc="left")
+    axis.set_title(f"A hundred rows show only losses of {marked[100]:.1f} points or more",
+                   loc="left")
     show(figure, "The smallest true loss of accuracy that n rows show at 80 % power when none is "
-                 "gained, falling with n; 100 and 1,319 rows are marked.")
+                 f"gained, over n: {marked[100]:.1f} points at 100 rows, {marked[1319]:.1f} at "
+                 "1,319.")
 
 
-def concurrency(rounds) -> None:
+def concurrency(rounds: DataFrame) -> None:
     """Throughput and latency of the arms over the number of streams.
 
     `rounds`: as `throughput.compare` returns it.
     """
     figure, (speed, latency) = canvas(width=10, columns=2)
+    grows = waits = rounds["streams"].nunique() > 1
     for arm, of_arm in rounds.groupby("arm"):
         colour, medians = COLOURS[arm], of_arm.groupby("streams").median(numeric_only=True)
+        grows &= bool((medians["output_tok_s"].diff().iloc[1:] > 0).all())
+        waits &= bool((medians["tpot_ms"].diff().iloc[1:] > 0).all())
         speed.plot(medians.index, medians["output_tok_s"], "o-", color=colour, label=arm)
-        for column, style in (("ttft_ms", "s--"), ("tpot_ms", "o-")):
+        for column, (short, style) in LATENCIES.items():
             latency.plot(medians.index, medians[column], style, color=colour,
-                         label=f"{arm}, {column[:4].upper()}")
+                         label=f"{arm}, {short}")
     for axis in (speed, latency):
         axis.set_xscale("log", base=2)
         axis.set_xticks(medians.index, medians.index)
@@ -158,17 +187,19 @@ def concurrency(rounds) -> None:
         axis.legend(frameon=False)
     speed.set_ylim(bottom=0)
     speed.set_ylabel("tokens/s, all streams together")
-    speed.set_title("Throughput grows with the streams", loc="left")
+    speed.set_title("Throughput grows with the streams" if grows
+                    else "Does throughput grow with the streams?", loc="left")
     latency.set_yscale("log", base=2)
     latency.yaxis.set_major_formatter("{x:.0f}")
     latency.set_ylabel("median, ms")
-    latency.set_title("and every stream waits longer", loc="left")
+    latency.set_title("Every stream waits longer for a token" if waits
+                      else "Does a stream wait longer for a token?", loc="left")
     show(figure, f"Left: tokens per second of {_names(rounds['arm'].unique())} for 1 to "
                  f"{medians.index.max()} streams. Right: time to first token and time per output "
                  "token.")
 
 
-def throughput_rounds(speed) -> None:
+def throughput_rounds(speed: DataFrame) -> None:
     """Tokens/s of the arms, round by round; `speed`: index round, columns "bf16", "fp8", or one."""
     from helpers import stats
 
@@ -181,12 +212,12 @@ def throughput_rounds(speed) -> None:
     axis.set_xlabel("round")
     axis.set_ylabel("tokens/s, one stream")
     axis.legend(frameon=False, title="median dotted")
-    title, words = "One stream, FP8 alone", f"Tokens per second of {_names(speed.columns)} over " \
-        f"{len(speed)} rounds"
+    title = "One stream, FP8 alone"
+    words = f"Tokens per second of {_names(speed.columns)} over {len(speed)} rounds"
     if len(speed.columns) == 2:
-        ratio = stats.in_words(stats.ratio_by_round(speed["fp8"], speed["bf16"]))
-        title = f"One stream, FP8 over bf16: {ratio.split(',')[0].split(' (')[0]}"
-        words += f"; FP8 over bf16 is {ratio}"
+        ratio = stats.ratio_by_round(speed["fp8"], speed["bf16"])
+        title = f"One stream, FP8 over bf16: {stats.times(ratio)}"
+        words += f"; FP8 over bf16 is {stats.in_words(ratio)}"
     axis.set_title(title, loc="left")
     show(figure, f"{words}.")
 
@@ -195,7 +226,7 @@ def _names(arms) -> str:
     return " and ".join(TITLES[arm] for arm in arms)
 
 
-def bench_cpu(table):
+def bench_cpu(table: DataFrame) -> Figure:
     """Every arm's speed over vLLM's bf16 by work, a panel a model; returns the figure.
 
     `table`: `scripts/bench_cpu.py`'s, with the columns model, work, arm and ratio, ratio_min,

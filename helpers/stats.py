@@ -156,13 +156,22 @@ def ratio_by_round(numerator: Sequence[float], denominator: Sequence[float],
     return Interval(float(np.median(ratios)), float(found.low), float(found.high))
 
 
+def spreads(ratio: Interval) -> bool:
+    """Whether a ratio's interval is too wide, over a quarter of it, for two decimals."""
+    return (ratio.high - ratio.low) / ratio.value > 0.25
+
+
+def times(ratio: Interval) -> str:
+    """A ratio with as many decimals as its interval bears: "1.88x" or "about 1.9x"."""
+    return f"about {ratio.value:.1f}x" if spreads(ratio) else f"{ratio.value:.2f}x"
+
+
 def in_words(ratio: Interval) -> str:
-    """A ratio with as many decimals as its interval allows, and "about" where it allows few."""
-    width = (ratio.high - ratio.low) / ratio.value
+    """A ratio as `times` writes it, and its interval."""
     interval = f"95 % interval {ratio.low:.2f} to {ratio.high:.2f}"
-    if width > 0.25:
-        return f"about {ratio.value:.1f}x: the rounds spread too widely to say more ({interval})"
-    return f"{ratio.value:.2f}x, {interval}"
+    if spreads(ratio):
+        return f"{times(ratio)}: the rounds spread too widely to say more ({interval})"
+    return f"{times(ratio)}, {interval}"
 
 
 def _per_n(n: int | Sequence[int], largest: float,
