@@ -23,13 +23,10 @@ from conftest import REPO
 
 from helpers import WorkbookError, evaluation, models
 
-OFFICIAL = REPO.parent / "shared" / "gsm8k"
+OFFICIAL = REPO / "data" / "gsm8k_sample"
 TINY = SimpleNamespace(task="tiny_gsm8k")
 REAL = SimpleNamespace(task="gsm8k")
 ROWS = 8
-
-needs_official = pytest.mark.skipif(
-    not (OFFICIAL / "test.jsonl").is_file(), reason="GSM8K's own files are not beside the project")
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +323,6 @@ def test_no_server_at_all(idle, tmp_workspace):
 # The real gsm8k
 
 
-@needs_official
 def test_ten_real_rows_are_plain_lm_evals_item_by_item(
         bf16_server, tmp_workspace, tmp_path, monkeypatch):
     """Plain: lm-eval's gsm8k.yaml included, its data's place overridden, nothing of ours."""
