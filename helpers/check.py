@@ -1,9 +1,10 @@
 """The exercises' checks: "not tried yet", "right", or a hint; never an error.
 
-Each check works out the right answer from its own source (Phi-4's config, torch, the path table),
-so that no solution is written down here.
+Each check works out the right answer from its source (Phi-4's config, torch's own cast, the
+thresholds of the serving modes), so that no solution is written down here.
 """
 
+import math
 from collections.abc import Callable
 
 NOT_TRIED = "Not tried yet: put your answer in place of the three dots."
@@ -83,7 +84,7 @@ def rounded_per_token(answer) -> None:
     _say(answer, right, "A scale is amax / 448 along the features; divide, cast, multiply back.")
 
 
-def path_of_capability(answer) -> None:
+def mode_of_capability(answer) -> None:
     """Notebook 04: a function from compute capability to the arithmetic of this checkpoint."""
     from helpers import hardware
 
@@ -99,9 +100,8 @@ def path_of_capability(answer) -> None:
 
 def stderr_of_93(answer) -> None:
     """Notebook 05: the sample standard error of 93 right in 100."""
-    import statistics
-
-    value = statistics.stdev([1] * 93 + [0] * 7) / 100**0.5
+    right, n = 93, 100
+    value = math.sqrt(right * (n - right) / n**2 / (n - 1))
     _say(answer, _near(value, 0.002), "Variance p(1 - p) n / (n - 1), over n; then its root.")
 
 

@@ -129,8 +129,8 @@ def bytes_by_role(censuses: dict[str, DataFrame]) -> None:
     axis.set_yticks(range(len(censuses)), censuses)
     axis.invert_yaxis()
     axis.set_xlabel("share of the weights' bytes, %")
-    axis.set_title("Nearly all of a model's bytes are in its Linear layers" if min(linear) >= 90
-                   else "Where are a model's bytes?", loc="left")
+    axis.set_title(f"At least {min(linear):.0f} % of the bytes are in Linear layers"
+                   if min(linear) >= 50 else "Where are a model's bytes?", loc="left")
     handles = [Patch(color=colours[role], label=role) for role in roles]
     axis.legend(handles=handles, ncols=len(roles), loc="upper left", bbox_to_anchor=(0, -0.3),
                 frameon=False)

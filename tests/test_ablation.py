@@ -33,6 +33,19 @@ def test_float_grids_are_those_of_fp8(grid, format):
     assert torch.equal(ablation.rounded(x, grid), expected)
 
 
+def test_dynamic_activations_are_compressed_tensors_own():
+    """A token's scale as compressed-tensors finds it at run time, and its rounding with it."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    x = matrix()
+    args = QuantizationArgs(num_bits=8, type="float", strategy="token", dynamic=True)
+    scale, zero = compute_dynamic_scales_and_zp(x[None], args, torch.nn.Module())
+    expected = fake_quantize(x[None], scale, zero, args)[0]
+    assert torch.allclose(ablation.rounded(x, "e4m3"), expected, rtol=1e-6, atol=0)
+
+
 def test_int8_is_off_by_at_most_half_a_step():
     x = matrix()
     step = x.abs().amax(1, keepdim=True) / 127

@@ -102,12 +102,12 @@ def test_a_bar_is_pale_where_the_gpu_cannot_serve_that_arm(monkeypatch):
     assert alphas == [1, 1, 0.25, 1, 0.25, 0.25]  # bf16 and FP8 of each; the V100 has no kernel
 
 
-def test_nearly_all_bytes_are_in_linears_only_where_they_are(drawn):
+def test_most_bytes_are_in_linears_only_where_they_are(drawn):
     phi4 = roofline.load_config(REPO / "data" / "phi4")
     wide = phi4 | {"vocab_size": 4_000_000}
     for config in (phi4, wide):
         plots.bytes_by_role({"m": checkpoint.by_role(roofline.tensors(config))})
-    assert drawn[0][0] == ["Nearly all of a model's bytes are in its Linear layers"]
+    assert drawn[0][0] == ["At least 93 % of the bytes are in Linear layers"]
     assert drawn[1][0] == ["Where are a model's bytes?"]
     assert "93 % of m's" in drawn[0][1]
 
