@@ -94,11 +94,16 @@ def encode(x: torch.Tensor, format: Float8 = E4M3) -> torch.Tensor:
 def quantize_per_channel(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of a weight, as FP8_DYNAMIC stores them.
 
-    weight [out, in], bf16, to codes uint8 [out, in] and scales bf16 [out, 1]. Source:
-    compressed-tensors, `calculate_qparams`, symmetric, strategy "channel".
+    weight [out, in], bf16, to codes uint8 [out, in] and scales bf16 [out, 1]. A channel of zeros
+    has the scale that is the type's epsilon. Source: compressed-tensors, `calculate_qparams`,
+    symmetric, strategy "channel".
     """
+    import torch
+
     amax = weight.abs().amax(dim=1, keepdim=True)
     scale = (amax.float() / E4M3.max).to(weight.dtype)
+    # Any scale would do for zeros, but 0 / 0 is NaN.
+    scale = scale.masked_fill(scale == 0, torch.finfo(weight.dtype).eps)
     return encode(weight / scale), scale
 
 

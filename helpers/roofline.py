@@ -51,12 +51,13 @@ def load_config(directory: Path) -> dict:
     config.setdefault("tie_word_embeddings", False)
     heads = config["num_attention_heads"]
     kv_heads = config.setdefault("num_key_value_heads", heads)
-    if "head_dim" not in config and config["hidden_size"] % heads or not kv_heads or heads % kv_heads:
+    width_fits = "head_dim" in config or config["hidden_size"] % heads == 0
+    if not (width_fits and kv_heads and heads % kv_heads == 0):
         raise WorkbookError(
-            f"{directory.name} has {heads} heads, {kv_heads} of them for keys and values, and a "
-            f"width of {config['hidden_size']}.",
-            "The heads have to divide the width, and the key-value heads the heads: no such "
-            "attention can be computed.",
+            f"{directory.name} has {heads} query heads, {kv_heads} key-value heads and a width of "
+            f"{config['hidden_size']}.",
+            "The query heads have to divide the width, and the key-value heads the query heads: no "
+            "such attention can be computed.",
             "Correct config.json, or fetch the model again.")
     return config
 

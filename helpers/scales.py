@@ -100,6 +100,13 @@ def channel_error(base: Checkpoint, fp8: Checkpoint, module: str, channels: int 
             error = torch.addcmul(weight, upcast(codes[part]), scale[part, None], value=-(2.0**8))
             signal[part] = torch.linalg.vecdot(weight, weight)
             noise[part] = torch.linalg.vecdot(error, error)
+    bad = ~torch.isfinite(noise)
+    if bad.any():
+        raise WorkbookError(
+            f"The error of {int(bad.sum())} channels of {module} is not a number; the first is "
+            f"channel {int(bad.nonzero()[0])}.",
+            f"A weight of {base.name} or a code of {fp8.name} is NaN or infinite.",
+            "Fetch the base again, and make the FP8 checkpoint from it.")
     return signal, noise
 
 

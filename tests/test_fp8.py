@@ -69,6 +69,20 @@ def test_all_finite_codes_survive_a_round_trip(format, reference):
         == [format.max, -format.max]
 
 
+def test_the_scales_are_compressed_tensors_own_also_of_channels_of_zeros():
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    weight = every_bf16()[:32640].nan_to_num(posinf=0).reshape(-1, 64)  # from 0 to the largest
+    weight = torch.cat([weight, -weight, torch.zeros(2, 64, dtype=torch.bfloat16)])
+    args = QuantizationArgs(num_bits=8, type="float", strategy="channel")
+    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    expected, _ = calculate_qparams(low, high, args)
+    codes, scale = fp8.quantize_per_channel(weight)
+    assert torch.equal(scale, expected)
+    assert (codes[-2:] == 0).all() and fp8.decode(codes).isfinite().all()
+
+
 def test_every_module_is_llm_compressors_bit_for_bit(tiny_base, tiny_fp8):
     modules = checkpoint.linears(tiny_base.tensors)
     assert len(modules) == 16
