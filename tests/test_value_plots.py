@@ -44,8 +44,8 @@ def test_weight_error(drawn):
     for other in (rebuilt, ablation.rounded(weight.float(), "int8"), damaged):
         value_plots.weight_error("a module", weight.float(), other)
     titles = [title for (title,), _ in drawn]
-    assert titles[0] == "The step bounds the error until weights turn subnormal"
-    assert titles[1] == titles[2] == "Does the step bound the error?"
+    assert titles[0] == "The grid's step bounds a weight's relative error"
+    assert titles[1] == titles[2] == "Does the grid's step bound a weight's relative error?"
 
 
 def test_weight_error_of_rows_of_zeros(drawn):

@@ -256,7 +256,7 @@ def test_a_matrix_with_a_nan(own, tiny_fp8, drawn, happened):
         checkpoint.read_tensor(path, f"{DOWN}.{name}").float() for path, name in (
             (own, "weight"), (tiny_fp8, "weight"), (tiny_fp8, "weight_scale")))
     value_plots.weight_error(DOWN, weight, codes * scale)
-    assert drawn == [["Does the step bound the error?"]]
+    assert drawn == [["Does the grid's step bound a weight's relative error?"]]
     with pytest.raises(WorkbookError, match="not a number") as said:
         scales.channel_error(own, tiny_fp8, DOWN)
     assert DOWN in said.value.what
