@@ -120,12 +120,14 @@ def test_vllms_own_parser_takes_every_command(own, tiny_base):
                *more] for key in ("gpu-w8a8", "gpu-w8a16") for more in ([], RANDOM)]
     answers = ask_vllm(commands + on_gpu)
     *taken, misspelt, three, too_long = answers[:len(commands)]
-    assert [each.get("max_model_len") for each in answers[len(commands):]] == [4096] * 4, answers
+    on_gpu = answers[len(commands):]
+    assert [each.get("max_model_len") for each in on_gpu] == [4096] * 4, answers
+    assert [each["linear_backend"] for each in on_gpu] == ["auto"] * 2 + ["marlin"] * 2
     assert "refused" in misspelt
     assert "(40) must be divisible by tensor parallel size (3)" in three["refused"]
     assert "max_position_embeddings=16384" in too_long["refused"]  # Red Hat's card asks for it
     assert taken[0] == {"tp": 1, "pp": 1, "dp": 1, "host": "0.0.0.0", "port": 8000,
-                        "max_model_len": 2048, "name": ["mine"]}
+                        "max_model_len": 2048, "name": ["mine"], "linear_backend": "auto"}
     over_ray = taken.pop()  # Ray is not part of the serving environment on a CPU
     assert over_ray.get("pp") == 8 or "Failed to import Ray" in over_ray["refused"]
     sizes = [(each["tp"], each["pp"], each["dp"]) for each in taken[1:]]

@@ -94,7 +94,8 @@ def test_an_unknown_gpu(happened):
     ('[{"name": "mine", "memory_gb": 24}]',
      "'mine' of data/gpus.json has no usable nvml_name, compute_capability, bandwidth_gb_s"),
     ('[{"name": "mine", "nvml_name": "Mine", "memory_gb": "24", "bandwidth_gb_s": 300, '
-     '"compute_capability": [8, 9], "source": "its data sheet"}]', "no usable memory_gb")])
+     '"compute_capability": [8, 9], "source": "its data sheet"}]', "no usable memory_gb")],
+    ids=["a comma", "missing fields", "a number in quotes"])
 def test_a_slip_in_the_list_of_gpus(content, says, tmp_path, monkeypatch, happened):
     (tmp_path / "gpus.json").write_text(content)
     monkeypatch.setattr(workspace, "data", lambda *parts: tmp_path.joinpath(*parts))
@@ -128,7 +129,8 @@ def test_a_config_of_another_architecture(own, happened):
 
 @pytest.mark.fault("heads that do not divide the model's width")
 @pytest.mark.parametrize("changes", [{"num_attention_heads": 7}, {"num_key_value_heads": 3},
-                                     {"num_key_value_heads": 0}])
+                                     {"num_key_value_heads": 0}],
+                         ids=lambda changes: ", ".join(f"{k} {v}" for k, v in changes.items()))
 def test_odd_numbers_of_heads(own, changes, happened):
     with pytest.raises(WorkbookError, match="query heads, . key-value heads and a width") as said:
         roofline.load_config(edited(own, **changes))

@@ -151,10 +151,13 @@ def copy_bandwidth(gpu) -> float:
 
 @pytest.fixture(scope="module")
 def speed(gpu, copy_bandwidth, tiny_fp8, tmp_path_factory):
-    """A function: an arm's seconds by name of work, measured once and recorded."""
+    """A function of an arm and more flags: its seconds by name of work, and vLLM's kernel.
+
+    Each is measured once, and recorded.
+    """
     mode, known = hardware.gpu_mode(gpu), {}
 
-    def measure(arm: str, *more: str) -> dict[str, list[float]]:
+    def measure(arm: str, *more: str) -> tuple[dict[str, list[float]], str]:
         nbytes = {"bf16": models.PHI4.bf16_bytes, "fp8": models.PHI4.fp8_bytes}[arm]
         if nbytes * models.HEADROOM > gpu.memory_bytes:
             pytest.skip(f"Phi-4's {nbytes / 1e9:.1f} GB of {arm} weights do not fit {gpu.name}, "
@@ -164,9 +167,10 @@ def speed(gpu, copy_bandwidth, tiny_fp8, tmp_path_factory):
             flags = serving.default_flags(models.PHI4, mode)
             asked = {"flags": ["--model", str(model), *flags, *RANDOM, *more], "work": WORK,
                      "rounds": ROUNDS}
-            known[arm, more], log = ask("speed.py", asked=json.dumps(asked))
+            seconds, log = ask("speed.py", asked=json.dumps(asked))
             kernel = server_log.selected_kernel(checkpoint.read_config(model), log)
-            record(arm, known[arm, more], kernel, mode, copy_bandwidth)
+            record(arm, seconds, kernel, mode, copy_bandwidth)
+            known[arm, more] = seconds, kernel
         return known[arm, more]
 
     return measure
@@ -212,20 +216,21 @@ def test_500_tokens_of_one_stream_stay_below_what_the_memory_can_give(
     speed, copy_bandwidth, arm
 ):
     """No decoding can read faster than the memory; a copy comes within a tenth of its best."""
-    reached = share(arm, speed(arm)["decode"], copy_bandwidth)
+    seconds, _ = speed(arm)
+    reached = share(arm, seconds["decode"], copy_bandwidth)
     print(f"{arm}: {reached:.0%} of the copy bandwidth")
     assert 0 < reached < 1.1
 
 
 def test_one_stream_is_faster_in_fp8_and_by_no_more_than_its_bytes(speed):
-    times = {arm: sorted(speed(arm)["decode"])[ROUNDS // 2] for arm in ("bf16", "fp8")}
+    times = {arm: sorted(speed(arm)[0]["decode"])[ROUNDS // 2] for arm in ("bf16", "fp8")}
     most = roofline.decode_bytes(PHI4, "bf16") / roofline.decode_bytes(PHI4, "fp8")
     assert 1 < times["bf16"] / times["fp8"] < 1.05 * most
 
 
 @pytest.mark.parametrize("arm", ["bf16", "fp8"])
 def test_more_streams_generate_more_and_a_prompt_is_read_faster_than_it_is_written(speed, arm):
-    seconds = speed(arm)
+    seconds, _ = speed(arm)
     rates = {name: WORK[name][1] * WORK[name][2] / min(seconds[name])
              for name in ("decode", "8 streams", "64 streams")}
     assert rates["decode"] < rates["8 streams"] < rates["64 streams"]
@@ -233,4 +238,8 @@ def test_more_streams_generate_more_and_a_prompt_is_read_faster_than_it_is_writt
 
 
 def test_phi4_is_served_by_forced_marlin_too(tensor_cores, speed):
-    assert speed("fp8", *serving.MARLIN).keys() == WORK.keys()
+    """vLLM's own choice on this GPU is another kernel; asked for Marlin, it takes Marlin."""
+    _, own = speed("fp8")
+    seconds, forced = speed("fp8", *serving.MARLIN)
+    assert (own != MARLIN, forced) == (True, MARLIN)
+    assert seconds.keys() == WORK.keys()

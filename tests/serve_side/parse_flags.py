@@ -27,7 +27,8 @@ for line in sys.stdin:
             else "mp"))
         answer = {"tp": engine.tensor_parallel_size, "pp": engine.pipeline_parallel_size,
                   "dp": engine.data_parallel_size, "host": parsed.host, "port": parsed.port,
-                  "max_model_len": config.max_model_len, "name": parsed.served_model_name}
+                  "max_model_len": config.max_model_len, "name": parsed.served_model_name,
+                  "linear_backend": engine.linear_backend}
     except (SystemExit, Exception) as error:
         answer = {"refused": str(error)}
     print("ANSWER", json.dumps(answer), flush=True)
