@@ -3,20 +3,21 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& command -v $$p && exit; done; echo python3)
 
-# Jupyter, uv and the hub's client keep things in a home. A container's user may have none, or "/".
-export HOME := $(shell if [ -d "$$HOME" ] && [ -w "$$HOME" ]; then echo "$$HOME"; \
-	else echo "$(CURDIR)/workspace/home"; fi)
-
 # Nothing here reports home.
 export DO_NOT_TRACK = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export VLLM_NO_USAGE_STATS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup preflight run lab test test-faults test-smollm2 test-browser lint notebooks full-size bench-cpu test-gpu test-isa lock clean
+.PHONY: help setup preflight run lab test test-faults test-smollm2 test-browser test-gpu test-isa lint \
+	notebooks full-size bench-cpu lock clean
 
-help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+# A line "## group" heads the targets below it, and "target: ... ## words" describes one.
+help:
+	@sed -nE 's/^## (.*)/\n\1/p; s/^([a-z0-9-]+):.*## (.*)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) \
+		| expand -t 16
+
+## For a reader
 
 setup:  ## make the two environments, if they are not there
 	@command -v $(PYTHON) >/dev/null || { echo "No Python was found. Install Python 3.11 or newer \
@@ -24,46 +25,50 @@ setup:  ## make the two environments, if they are not there
 	exit 1; }
 	@$(PYTHON) scripts/setup.py
 
-preflight: setup  ## what this machine is, and the path it gets
+preflight: setup  ## what this machine is, and how it serves FP8
 	@.venv/bin/python -m helpers.preflight
-
-run: setup  ## run every notebook in order; ONLY=05 runs one
-	@.venv/bin/python scripts/run_notebooks.py run $(ONLY)
 
 lab: setup  ## open the notebooks in JupyterLab
 	@.venv/bin/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks \
 		$(if $(filter 0,$(shell id -u)),--allow-root)
 
-test: setup  ## every test, and every notebook
+run: setup  ## run every notebook in order; ONLY=05 runs one
+	@.venv/bin/python scripts/run_notebooks.py run $(ONLY)
+
+## For an instructor
+
+test: setup  ## check a machine before a course: every test, and every notebook
 	@.venv/bin/python scripts/run_tests.py
 
 test-faults: setup  ## provoke every known fault, and show how each is met
 	@.venv/bin/python -m pytest -q --all-faults tests/faults
 
-test-browser: setup  ## notebooks 00 and 03 in JupyterLab and Chromium; screenshots in build/
-	@.venv/bin/python scripts/browser.py
-
-full-size: setup  ## quantize a random checkpoint of Phi-4's size (45 GB of disk), and time it
-	@PYTHONPATH=. .venv/bin/python scripts/full_size.py
+test-gpu: setup  ## what only a GPU can show; each says why where it cannot run
+	@.venv/bin/python -m pytest -rs tests/gpu
 
 bench-cpu: setup  ## FP8 on this CPU beside bf16 and others, on three models (16 minutes)
 	@PYTHONPATH=. .venv/bin/python scripts/bench_cpu.py
 
-test-isa: setup  ## the CPU kernels' tests and a served answer, as each kind of CPU
-	@PYTHONPATH=. .venv/bin/python scripts/test_isa.py
+full-size: setup  ## quantize a random checkpoint of Phi-4's size (45 GB of disk), and time it
+	@PYTHONPATH=. .venv/bin/python scripts/full_size.py
 
-test-gpu: setup  ## the checks that need a GPU; each says why where it cannot run
-	@.venv/bin/python -m pytest -rs tests/gpu
+## For a maintainer
+
+notebooks: export CUDA_VISIBLE_DEVICES =
+notebooks: setup  ## run the notebooks on the CPU and write them back with their outputs
+	@.venv/bin/python scripts/run_notebooks.py refresh
 
 test-smollm2: setup  ## notebooks 01 to 04 on SmolLM2-135M, out of a Python package of 93 MB
 	@.venv/bin/python scripts/run_tests.py smollm2
 
+test-browser: setup  ## notebooks 00 and 03 in JupyterLab and Chromium; screenshots in build/
+	@.venv/bin/python scripts/browser.py
+
+test-isa: setup  ## the CPU kernels' tests and a served answer, as each kind of CPU
+	@PYTHONPATH=. .venv/bin/python scripts/test_isa.py
+
 lint: setup  ## ruff
 	@.venv/bin/ruff check .
-
-notebooks: export CUDA_VISIBLE_DEVICES =
-notebooks: setup  ## execute the notebooks on the CPU and write them back with their outputs
-	@.venv/bin/python scripts/run_notebooks.py refresh
 
 lock: setup  ## resolve the requirements anew into requirements/constraints/
 	@.venv/bin/python scripts/lock.py .uv/bin/uv

@@ -41,6 +41,7 @@ class Float8:
 
 E4M3 = Float8(3, 7, 448.0, None)  # S.1111.110 is 2^8 * (1 + 6/8); only S.1111.111 is NaN
 E5M2 = Float8(2, 15, 57344.0, 0b11111_00)  # S.11110.11 is 2^15 * (1 + 3/4)
+MAX = E4M3.max
 SMALLEST_NORMAL = 2.0**-6  # below it E4M3's numbers are subnormal: evenly spaced, 2^-9 apart
 _SIGN, _NAN = 128, 127
 # `upcast` reads an E4M3 code, whose exponent has bias 7, as a float16, whose exponent has bias 15:
@@ -101,7 +102,7 @@ def quantize_per_channel(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     import torch
 
     amax = weight.abs().amax(dim=1, keepdim=True)
-    scale = (amax.float() / E4M3.max).to(weight.dtype)
+    scale = (amax.float() / MAX).to(weight.dtype)
     # Any scale would do for zeros, but 0 / 0 is NaN.
     scale = scale.masked_fill(scale == 0, torch.finfo(weight.dtype).eps)
     return encode(weight / scale), scale
@@ -117,7 +118,7 @@ def fates(x: torch.Tensor, scale: float) -> dict[str, torch.Tensor]:
     x = x.float()
     stored = decode(encode(x / scale))
     # amax / (amax / 448) can come out a rounding error above 448.
-    clipped = x.abs().double() / scale > E4M3.max * (1 + 1e-6)
+    clipped = x.abs().double() / scale > MAX * (1 + 1e-6)
     zero, small = stored == 0, stored.abs() < SMALLEST_NORMAL
     return {"rounded to": stored * scale, "clipped": clipped, "zero": zero,
             "subnormal": small & ~zero, "rounded": ~small & ~clipped}

@@ -103,8 +103,8 @@ def channel_error(base: Checkpoint, fp8: Checkpoint, module: str, channels: int 
     bad = ~torch.isfinite(noise)
     if bad.any():
         raise WorkbookError(
-            f"In {module} the error of {int(bad.sum())} of {len(bad)} channels is not a number; the "
-            f"first is channel {int(bad.nonzero()[0])}.",
+            f"The error of {int(bad.sum())} of {len(bad)} channels of {module} is not a number; "
+            f"the first is channel {int(bad.nonzero()[0])}.",
             f"A weight of {base.name} or a code of {fp8.name} is NaN or infinite.",
             "Fetch the base again, and make the FP8 checkpoint from it.")
     return signal, noise
