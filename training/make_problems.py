@@ -12,7 +12,7 @@ TEST_SEED, TRAIN_SEED = "tiny_gsm8k test", "tiny_gsm8k train"
 
 
 def distinct(seed: str, rows: int, forbidden: set[str]) -> list[Problem]:
-    """The first `rows` problems of a stream, none twice and none in `forbidden`."""
+    """The first `rows` problems of a stream that are all different and not in `forbidden`."""
     found: dict[str, Problem] = {}
     for drawn in stream(seed, forbidden):
         found.setdefault(drawn.question, drawn)

@@ -49,7 +49,7 @@ HE = [
     "Paul",
 ]
 
-# What a story is about has to suit its verb: one picks lemons and makes candles.
+# The thing in a story has to suit the verb: people pick lemons and make candles.
 ITEMS = {
     "picked": ["apple", "pear", "lemon", "orange", "carrot", "onion", "flower"],
     "made": ["cookie", "muffin", "pancake", "candle", "badge", "ribbon", "card"],
@@ -104,7 +104,7 @@ class Person:
 
 
 class Story:
-    """What one problem draws at random, and its worked answer as it grows."""
+    """The random draws of one problem, and its worked answer as it grows."""
 
     def __init__(self, rng: random.Random):
         self.rng = rng
@@ -177,7 +177,7 @@ def problem(rng: random.Random) -> Problem:
 
 
 def stream(seed: str, forbidden: frozenset[str] | set[str] = frozenset()) -> Iterator[Problem]:
-    """Problems without end for a seed; none whose question is in `forbidden`."""
+    """Endless problems for a seed, without those whose question is in `forbidden`."""
     rng = random.Random(seed)
     while True:
         drawn = problem(rng)

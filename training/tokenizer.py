@@ -1,8 +1,15 @@
 """The bundled model's tokenizer: a small byte-level BPE with Phi-4's chat markers."""
 
-from collections.abc import Iterable
+from __future__ import annotations
 
-VOCABULARY = 896  # what the problems need, rounded to the multiple of 128 every Linear dimension is
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Enough for the problems, and a multiple of 128, as every dimension of a Linear layer here is.
+VOCABULARY = 896
 
 # Phi-4's special tokens in Phi-4's roles; Phi-4 pads with one of its unused tokens.
 BOS, START, SEPARATOR, EOS, PAD = (
@@ -30,7 +37,7 @@ def chat_form(question: str, answer: str) -> str:
     )
 
 
-def train_tokenizer(texts: Iterable[str]):
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE of `VOCABULARY` entries in which every digit is a token of its own."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -1,9 +1,11 @@
 """Train data/tiny_phi4: `python -m training.train_tiny_phi4` (about half an hour on two cores).
 
-A Phi3ForCausalLM of Phi-4's shape in small, on fresh problems from the generator. The run is a
-function of `Run` alone: step k draws its problems from the seed and k, so a run that was
-interrupted and goes on from its checkpoint ends in the same weights.
+It is a small Phi3ForCausalLM with Phi-4's proportions, trained on fresh problems from the
+generator. The run depends on `Run` alone: step k draws its problems from the seed and k, so a run
+that is interrupted and goes on from its checkpoint ends in the same weights.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -17,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpers import workspace
 from training.make_problems import TARGET as PROBLEMS
@@ -32,6 +35,11 @@ from training.tokenizer import (
 )
 from training.write_card import write_card
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+    from transformers import Phi3ForCausalLM, PreTrainedTokenizerFast
+
 REPO = Path(__file__).resolve().parent.parent
 TARGET = REPO / "data" / "tiny_phi4"
 CORES = 2
@@ -44,15 +52,15 @@ class Run:
     seed: str = "tiny phi-4"
     steps: int = 3000
     tokens_per_step: int = 4096
-    short: int = 256  # tokens per sequence in most steps: attention costs little there
-    long: int = 1024  # in the others: a 5-shot prompt and its answer fit
-    long_every: int = 4  # steps; learnt at 256 only, distances beyond 256 mean nothing to it
+    short: int = 256  # tokens per sequence in most steps, where attention costs little
+    long: int = 1024  # tokens per sequence in the others, where a 5-shot prompt and answer fit
+    long_every: int = 4  # steps; a model that sees only 256 tokens cannot use longer distances
     muon_lr: float = 0.02  # the matrices of the decoder layers
     adam_lr: float = 0.003  # embedding, head, norms
     warmup: int = 50
-    flat: int = 1000  # step from which the learning rate falls
-    question_weight: float = 0.1  # loss on a question's tokens; on an answer's it is 1
-    chat_share: float = 0.2  # of the sequences, in chat form rather than few-shot form
+    flat: int = 1000  # the step at which the learning rate begins to fall
+    question_weight: float = 0.1  # of the loss of a question's tokens; an answer's have 1
+    chat_share: float = 0.2  # share of the sequences in chat form; the others are few-shot
 
     @property
     def tokens(self) -> int:
@@ -87,7 +95,7 @@ def step_problems(
     ]
 
 
-def build_tokenizer(run: Run):
+def build_tokenizer(run: Run) -> PreTrainedTokenizerFast:
     """The tokenizer, trained on a sample of the problems in both forms."""
     sample = islice(stream(f"{run.seed} tokenizer", test_questions()), 20_000)
     texts = [few_shot_form(p.question, p.answer) for p in sample]
@@ -95,8 +103,8 @@ def build_tokenizer(run: Run):
     return train_tokenizer([*texts, *roles])
 
 
-def build_model(run: Run, tokenizer):
-    """Phi-4's architecture in small: its ratios, rope and biases, four layers of width 256."""
+def build_model(run: Run, tokenizer: PreTrainedTokenizerFast) -> Phi3ForCausalLM:
+    """A small model of Phi-4's architecture: its ratios and rope, four layers of width 256."""
     import torch
     from transformers import Phi3Config, Phi3ForCausalLM
 
@@ -122,12 +130,13 @@ def build_model(run: Run, tokenizer):
     )
 
 
-def batch(run: Run, step: int, tokenizer, forbidden: frozenset[str]):
-    """The step's token ids and the loss weight of each, both (rows, length + 1)."""
+def batch(run: Run, step: int, tokenizer: PreTrainedTokenizerFast,
+          forbidden: frozenset[str]) -> tuple[Tensor, Tensor]:
+    """The step's token ids (int64) and their loss weights (float32), both [rows, length + 1]."""
     import torch
 
-    # An answer starts after "Answer" or "assistant" and ends with "Question" or <|im_end|>,
-    # both learnt with it: they are what makes the model stop.
+    # An answer starts after "Answer" or "assistant" and ends with "Question" or <|im_end|>. The
+    # last is learnt as part of the answer, because it makes the model stop.
     opens = set(tokenizer.convert_tokens_to_ids(["Answer", "assistant"]))
     closes = set(tokenizer.convert_tokens_to_ids(["Question", EOS]))
     ids, weights = [], []
@@ -145,12 +154,13 @@ def batch(run: Run, step: int, tokenizer, forbidden: frozenset[str]):
 
 
 def learning_rate(run: Run, step: int) -> float:
-    """The factor on both learning rates: linear up, flat, down to zero with the square of time."""
+    """The factor on both learning rates: it rises linearly, stays at 1, and falls as a square to 0.
+    """
     left = (run.steps - step) / (run.steps - run.flat)
     return min(1.0, (step + 1) / run.warmup, left**2)
 
 
-def optimizers(run: Run, model):
+def optimizers(run: Run, model: Phi3ForCausalLM) -> list[Optimizer]:
     """Muon for the matrices inside the decoder layers, in `CORES` parts; AdamW for the rest."""
     import torch
 
@@ -167,10 +177,12 @@ def optimizers(run: Run, model):
     ]
 
 
-def backward(model, copy, ids, weights) -> float:
-    """Forward and backward of some sequences on a bf16 copy of the model.
+def backward(model: Phi3ForCausalLM, copy: Phi3ForCausalLM, ids: Tensor,
+             weights: Tensor) -> float:
+    """Compute the gradients of some sequences on a bf16 copy of the model.
 
-    Leaves the gradients in the copy and returns the mean loss of an answer's token.
+    `ids` and `weights`: [rows, length + 1]. The gradients are left in the copy; returned is the
+    mean loss of an answer's token.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -186,11 +198,12 @@ def backward(model, copy, ids, weights) -> float:
     return losses[weight == 1].mean().item()
 
 
-def train(run: Run, tokenizer, work: Path, stop_after: int | None = None):
+def train(run: Run, tokenizer: PreTrainedTokenizerFast, work: Path,
+          stop_after: int | None = None) -> tuple[Phi3ForCausalLM, list[dict]]:
     """Train, or go on from the checkpoint in `work`; return the model and the log's rows.
 
-    `work` gets checkpoint.pt every 100 steps and at the end. `stop_after` ends the run early as
-    an interruption would, for the test of resuming.
+    checkpoint.pt is written to `work` every 100 steps and at the end. `stop_after` ends the run
+    early as an interruption would, for the test of resuming.
     """
     import torch
     from tqdm import tqdm
@@ -198,14 +211,14 @@ def train(run: Run, tokenizer, work: Path, stop_after: int | None = None):
     work.mkdir(parents=True, exist_ok=True)
     checkpoint = work / "checkpoint.pt"
     forbidden = test_questions()
-    # The optimizers move float32 weights; forward and backward run on bf16 copies of them, which
-    # is twice as fast on a CPU with AVX512-BF16 or AMX as float32 or autocast. Each core has its
-    # own copy and half of the sequences: operations too small to share between cores are not.
+    # The optimizers update float32 weights. Forward and backward run on bf16 copies of them, which
+    # on a CPU with AVX512-BF16 or AMX is twice as fast as float32 or autocast. Each core has its
+    # own copy and half of the sequences, because the operations are too small to be shared.
     model = build_model(run, tokenizer)
     opts = optimizers(run, model)
     copies = [build_model(run, tokenizer) for _ in range(CORES)]
     for parameter in (p for copy in copies for p in copy.parameters()):
-        parameter.data = parameter.data.bfloat16()  # not the rope's frequencies: they stay float32
+        parameter.data = parameter.data.bfloat16()  # the rope's frequencies stay float32
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(CORES, initializer=torch.set_num_threads, initargs=(1,))
     start, log, seconds = 0, [], 0.0
@@ -267,7 +280,8 @@ def train(run: Run, tokenizer, work: Path, stop_after: int | None = None):
     return model, log
 
 
-def save_model(run: Run, model, tokenizer, log: list[dict], target: Path) -> None:
+def save_model(run: Run, model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerFast,
+               log: list[dict], target: Path) -> None:
     """Write bf16 safetensors, config, tokenizer, chat template and the training log."""
     import torch
     from transformers import GenerationConfig
@@ -310,7 +324,7 @@ def main() -> None:
     model, log = train(run, tokenizer, options.work)
     save_model(run, model, tokenizer, log, options.target)
     if options.target == TARGET:
-        # What was measured on the weights before these is no figure of these.
+        # Scores of the former weights are not those of these.
         (TARGET / "evaluation.json").unlink(missing_ok=True)
         write_card(TARGET)
         workspace.write_manifest(TARGET)
