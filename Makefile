@@ -8,6 +8,10 @@ export DO_NOT_TRACK = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export VLLM_NO_USAGE_STATS = 1
 
+# Jupyter, uv and the hub's client keep things in a home. A container's user may have none, or "/".
+export HOME := $(shell if [ -d "$$HOME" ] && [ -w "$$HOME" ]; then echo "$$HOME"; \
+	else echo "$(CURDIR)/workspace/home"; fi)
+
 .DEFAULT_GOAL := help
 .PHONY: help setup preflight run lab test test-faults test-smollm2 test-browser test-gpu test-isa lint \
 	notebooks full-size bench-cpu lock clean

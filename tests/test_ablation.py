@@ -69,6 +69,14 @@ def test_a_static_scale_saturates_what_is_larger():
     assert ablation.rounded(x, "e4m3", scale=torch.tensor(1 / 448)).tolist() == [[1.0, 1.0, -1.0]]
 
 
+@pytest.mark.parametrize("grid, largest", [("int8", 127), ("e5m2", 57344)])
+def test_beyond_a_static_scale_every_grid_ends_at_its_largest_value(grid, largest):
+    """torch's own cast saturates in E4M3 alone."""
+    x = torch.tensor([[1.0, 10.0, -torch.inf]])
+    found = ablation.rounded(x, grid, scale=torch.tensor(1 / largest))
+    assert found.tolist() == [[1.0, 1.0, -1.0]]
+
+
 def test_a_row_of_zeros_stays_zero():
     assert torch.equal(ablation.rounded(torch.zeros(2, 128), "e4m3"), torch.zeros(2, 128))
 

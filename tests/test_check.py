@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from conftest import REPO
 
-from helpers import check
+from helpers import ablation, check
 
 
 def exercises():
@@ -37,6 +37,27 @@ def test_the_solution_is_right_and_the_untouched_cell_says_not_tried(name, cell,
 def test_a_wrong_answer_gets_a_hint_and_stops_nothing(name, cell, solution, wrong, capsys):
     getattr(check, name)(wrong)
     assert capsys.readouterr().out.startswith("Not yet")
+
+
+NEAR_MISSES = [  # the check, an answer as it is usually wrong
+    ("l40s_ceiling", 864 / 28.29), ("l40s_ceiling", 864 / 14.66 * 1.02),
+    ("kv_cache_bytes", 10 * 128 * 40 * 2 * 16384),  # keys without values
+    ("kv_cache_bytes", 2 * 40 * 128 * 40 * 2 * 16384),  # query heads
+    ("bytes_saved_on_lm_head", 100352 * 5120), ("bytes_saved_on_lm_head", 100352 * 5120 - 100352),
+    ("nearest_e4m3_to_0_3", 0.28125), ("nearest_e4m3_to_0_3", 0.3),
+    ("stderr_of_93", (0.93 * 0.07 / 100) ** 0.5), ("stderr_of_93", (0.93 * 0.07) ** 0.5),
+    ("h100_expected", 3350 / 14.66), ("h100_expected", 0.67 * 3350 / 28.29),
+    ("rounded_per_token", lambda x: ablation.rounded(x, "e4m3", "tensor")),
+    ("rounded_per_token", lambda x: ablation.rounded(x, "e5m2")),
+    ("mode_of_capability", lambda c: "W8A8" if c >= (9, 0) else "W8A16" if c >= (7, 5) else None),
+    ("mode_of_capability", lambda c: "W8A8" if c >= (8, 9) else "W8A16"),
+]
+
+
+@pytest.mark.parametrize("name, answer", NEAR_MISSES)
+def test_a_usual_mistake_is_not_right(name, answer, capsys):
+    getattr(check, name)(answer)
+    assert capsys.readouterr().out.startswith("Not yet. ")
 
 
 def test_every_notebook_has_an_exercise_and_every_check_is_used():

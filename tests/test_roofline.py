@@ -97,6 +97,13 @@ def test_a_gpus_bandwidth_is_its_data_sheets():
     assert (found.bytes_per_s, found.source) == (696e9, "NVIDIA A40 data sheet")
 
 
+def test_of_several_gpus_the_bandwidth_is_that_of_the_one_that_serves():
+    """The mode, the memory and the ceiling are of one GPU."""
+    two = (hardware.Gpu(0, "Tesla T4", 16 * 10**9, (7, 5), ""),
+           hardware.Gpu(1, "NVIDIA L4", 24 * 10**9, (8, 9), ""))
+    assert roofline.read_bandwidth(SimpleNamespace(gpus=two)).bytes_per_s == 300e9
+
+
 def test_the_bandwidth_of_a_cpu_is_a_gib_over_the_median_of_seven_reads(monkeypatch):
     """On a clock by which the first read takes 100 s and the next ones 7, 6, ... 1 s."""
     spans = iter([100, 7, 6, 5, 4, 3, 2, 1])
