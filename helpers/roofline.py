@@ -40,7 +40,7 @@ def load_config(directory: Path) -> dict:
     heads do not divide its width.
     """
     config = checkpoint.read_config(directory)
-    missing = [key for key in SIZES if not isinstance(config.get(key), int)]
+    missing = [key for key in SIZES if config.get(key) is None]
     if missing:
         raise WorkbookError(
             f"The config.json of {directory.name} has no {', '.join(missing)}.",
@@ -52,7 +52,7 @@ def load_config(directory: Path) -> dict:
     heads = config["num_attention_heads"]
     kv_heads = config.setdefault("num_key_value_heads", heads)
     width_fits = "head_dim" in config or config["hidden_size"] % heads == 0
-    if not (width_fits and kv_heads and heads % kv_heads == 0):
+    if not width_fits or heads % kv_heads:
         raise WorkbookError(
             f"{directory.name} has {heads} query heads, {kv_heads} key-value heads and a width of "
             f"{config['hidden_size']}.",
