@@ -1,20 +1,28 @@
-"""What each 8-bit format costs: weights and activations rounded inside the real model, measured.
+"""What each 8-bit format costs when weights and activations are rounded inside the real model.
 
-Everything is computed in the model's own type (float32 gives the cleanest figures): a value is
-rounded to the format's grid and scaled back, so the only error is the format's. The model is put
-back as it was after each measurement.
+A value is rounded to the format's grid and scaled back, and everything is computed in the model's
+own type (float32 gives the cleanest figures), so the only error is the format's. After each
+measurement the model is put back as it was.
 """
+
+from __future__ import annotations
 
 import contextlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from helpers import checkpoint, fp8, stats
 from helpers.checkpoint import Checkpoint
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 GROUP = 128  # of block scales: DeepSeek-V3, https://arxiv.org/abs/2412.19437, section 3.3
-TINY = 1e-12  # a row of zeros has a scale too
+TINY = 1e-12  # the least amax, so that a row of zeros is not divided by zero
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ FORMATS = (
 LARGEST = {"e4m3": fp8.E4M3.max, "e5m2": fp8.E5M2.max, "int8": 127.0}
 
 
-def amax(x, scope: str):
+def amax(x: Tensor, scope: str) -> Tensor:
     """The largest magnitude of each scope of x [rows, columns], repeated to a shape that fits x."""
     import torch
 
@@ -56,11 +64,11 @@ def amax(x, scope: str):
     return blocks.repeat_interleave(high, 0).repeat_interleave(GROUP, 1)[:rows, :columns]
 
 
-def rounded(x, grid: str, scope: str = "row", scale=None):
+def rounded(x: Tensor, grid: str, scope: str = "row", scale: Tensor | None = None) -> Tensor:
     """x [rows, columns] rounded to a grid and scaled back; same shape and type.
 
-    The scale is amax / largest of each scope in float32, unless a `scale` is given (a static one):
-    then larger values saturate.
+    The scale is amax / largest of each scope, in float32. With a static `scale` instead, values
+    beyond the grid saturate.
     """
     import torch
 
@@ -70,13 +78,13 @@ def rounded(x, grid: str, scope: str = "row", scale=None):
     values = (values / scale).clamp(-largest, largest)
     if grid == "int8":
         values = values.round()
-    else:  # bit for bit helpers.fp8's own, which a test holds it to; torch's is faster
+    else:  # torch's cast, which is faster than helpers.fp8's; a test holds it to the same bits
         values = values.to(
             torch.float8_e4m3fn if grid == "e4m3" else torch.float8_e5m2).float()
     return (values * scale).to(x.dtype)
 
 
-def sqnr(original, changed) -> float:
+def sqnr(original: Tensor, changed: Tensor) -> float:
     """Signal over quantization noise in dB: 10 log10(sum x^2 / sum (x - q)^2); inf when equal."""
     import torch
 
@@ -84,7 +92,7 @@ def sqnr(original, changed) -> float:
     return float(10 * torch.log10(original.square().sum() / (original - changed).square().sum()))
 
 
-def load(source: Checkpoint):
+def load(source: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A checkpoint's model in float32 on the CPU, for inference, and its tokenizer."""
     import torch
     import transformers
@@ -93,7 +101,7 @@ def load(source: Checkpoint):
     return model.eval(), transformers.AutoTokenizer.from_pretrained(source.path)
 
 
-def targets(model) -> list[str]:
+def targets(model: PreTrainedModel) -> list[str]:
     """The names of the Linear layers that FP8_DYNAMIC quantizes: all but lm_head."""
     import torch
 
@@ -101,18 +109,18 @@ def targets(model) -> list[str]:
             if isinstance(module, torch.nn.Linear) and name != "lm_head"]
 
 
-def encoded(tokenizer, rows: list[dict]) -> list:
-    """Problems with their answers as the task writes them: one [1, tokens] tensor of ids a row."""
+def encoded(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[Tensor]:
+    """Problems with their answers, as the task writes them: ids int64 [1, tokens] for each row."""
     return [tokenizer(f"Question: {row['question']}\nAnswer: {row['answer']}",
                       return_tensors="pt").input_ids for row in rows]
 
 
 @contextlib.contextmanager
-def _threads(model) -> Iterator[None]:
-    """Compute with a small model on one thread: a second is woken too late to help.
+def _threads(model: PreTrainedModel) -> Iterator[None]:
+    """Compute with a small model on one thread, because a second one is woken too late to help.
 
-    100 answers of the bundled model on two cores, shared with other work: 2.9 s of processor time
-    on one thread, 21 s on two, most of it spent waiting. Small is what serving takes for small.
+    On two cores shared with other work, 100 answers of the bundled model took 2.9 s of processor
+    time on one thread and 21 s on two, most of it spent waiting. A model is small below 64 MiB.
     """
     import torch
 
@@ -126,12 +134,12 @@ def _threads(model) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def applied(model, modules: list[str], weight: Callable | None = None,
+def applied(model: PreTrainedModel, modules: list[str], weight: Callable | None = None,
             activation: Callable | None = None) -> Iterator[None]:
     """Within the block, the named modules compute with other weights or other inputs.
 
-    `weight(name, tensor)` and `activation(name, tensor)` return what takes the tensor's place:
-    weights [out, in], activations [tokens, in].
+    `weight(name, tensor)` and `activation(name, tensor)` return the tensor to take instead; weights
+    are [out, in], activations [tokens, in].
     """
     import torch
 
@@ -158,7 +166,7 @@ def applied(model, modules: list[str], weight: Callable | None = None,
             model.get_submodule(name).weight.data = tensor
 
 
-def quantized(model, format: Format, weights: bool, activations: bool,
+def quantized(model: PreTrainedModel, format: Format, weights: bool, activations: bool,
               modules: list[str] | None = None):
     """`applied` with one format, on weights, on activations or on both."""
     return applied(
@@ -167,7 +175,7 @@ def quantized(model, format: Format, weights: bool, activations: bool,
         (lambda _, x: rounded(x, format.grid, format.activations)) if activations else None)
 
 
-def w8(model, fp8: Checkpoint, activations: bool):
+def w8(model: PreTrainedModel, fp8: Checkpoint, activations: bool):
     """`applied` with the stored weights of the checkpoint `fp8`: W8A8 or W8A16.
 
     With `activations`, every token's are rounded to E4M3 with a scale of its own.
@@ -180,8 +188,8 @@ def w8(model, fp8: Checkpoint, activations: bool):
                    (lambda _, x: rounded(x, "e4m3")) if activations else None)
 
 
-def observe(model, ids, keep: Callable) -> dict:
-    """What `keep(x)` makes of the input [tokens, in] of every quantized Linear, by module name.
+def observe(model: PreTrainedModel, ids: Tensor, keep: Callable[[Tensor], object]) -> dict:
+    """`keep(x)` of the input x [tokens, in] of every quantized Linear, by the module's name.
 
     `ids`: int64 [1, tokens].
     """
@@ -198,11 +206,11 @@ def observe(model, ids, keep: Callable) -> dict:
     return found
 
 
-def outputs(model, texts: list) -> tuple[list, object]:
-    """The output of each decoder layer and the logits, tokens of all texts one after another.
+def outputs(model: PreTrainedModel, texts: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The output of each decoder layer and the logits, for the tokens of all texts in a row.
 
-    Returns a list of [tokens, hidden], one a layer, and [tokens, vocabulary]. The last layer's
-    is taken before the final norm.
+    `texts`: int64 [1, tokens] each. Returns [tokens, hidden] for each layer, the last one's before
+    the final norm, and [tokens, vocabulary].
     """
     import torch
 
@@ -220,21 +228,23 @@ def outputs(model, texts: list) -> tuple[list, object]:
     return [torch.cat(place) for place in seen], logits
 
 
-def kl(logits, other):
-    """KL(p || q) in nats of each token, p from `logits` [tokens, vocabulary], q from `other`.
+def kl(logits: Tensor, other: Tensor) -> Tensor:
+    """KL(p || q) of each token in nats, float64 [tokens].
 
-    KL = sum p ln(p / q), over the whole vocabulary; float64 [tokens].
+    p comes from `logits`, q from `other`, both [tokens, vocabulary]; KL = sum p ln(p / q) over the
+    whole vocabulary.
     """
     p, q = logits.double().log_softmax(-1), other.double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
 
 
-def compare(reference, model, texts: list) -> dict:
-    """The model, as it is now, beside `reference`, what `outputs` returned before.
+def compare(reference: tuple[list[Tensor], Tensor], model: PreTrainedModel,
+            texts: list[Tensor]) -> dict[str, float]:
+    """Compare the model as it is now with `reference`, what `outputs` returned before.
 
-    "layer i, dB": SQNR of each decoder layer's output; "KL" and "KL s.e.": mean over tokens in
-    nats and its standard error, the tokens taken as independent; "top-1": share of tokens whose
-    likeliest successor is the reference's.
+    "layer i, dB" is the SQNR of a decoder layer's output. "KL" and "KL s.e." are the mean over the
+    tokens, in nats, and its standard error if the tokens are independent. "top-1" is the share of
+    tokens after which both find the same one likeliest.
     """
     layers, logits = outputs(model, texts)
     each = kl(reference[1], logits)
@@ -245,10 +255,11 @@ def compare(reference, model, texts: list) -> dict:
         "top-1": float(agree.double().mean())}
 
 
-def run(model, texts: list, formats: tuple[Format, ...] = FORMATS):
-    """Every format on weights, on activations and on both: a DataFrame of `compare`'s figures.
+def run(model: PreTrainedModel, texts: list[Tensor],
+        formats: tuple[Format, ...] = FORMATS) -> DataFrame:
+    """`compare`'s figures for every format on weights, on activations and on both.
 
-    Columns "format", "rounded", and those figures.
+    The columns are "format", "rounded", and those figures.
     """
     import pandas as pd
 
@@ -262,11 +273,11 @@ def run(model, texts: list, formats: tuple[Format, ...] = FORMATS):
     return pd.DataFrame(rows)
 
 
-def left_alone(model, texts: list):
-    """lm_head and the embedding rounded as well, E4M3 per row: KL and top-1 as `compare`'s.
+def left_alone(model: PreTrainedModel, texts: list[Tensor]) -> DataFrame:
+    """`compare`'s KL and top-1 when lm_head and the embedding are rounded as well, E4M3 per row.
 
-    Each row adds to the Linears' FP8_DYNAMIC rounding; lm_head's input is rounded per token too,
-    the embedding has no input to round.
+    Each line of the table adds to the Linears' FP8_DYNAMIC rounding. The input of lm_head is
+    rounded per token too; the embedding has no input to round.
     """
     import pandas as pd
 
@@ -279,12 +290,13 @@ def left_alone(model, texts: list):
     return pd.DataFrame(rows).T[["KL", "KL s.e.", "top-1"]]
 
 
-def solved(model, tokenizer, rows: list[dict], max_new_tokens: int = 140,
-           batch: int = 50) -> list[bool]:
+def solved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict],
+           max_new_tokens: int = 140, batch: int = 50) -> list[bool]:
     """Whether the model's greedy answer to each problem ends in the right number.
 
-    Zero-shot, in the chat form; right as GSM8K's strict-match has it: the first `#### number`.
-    Problems with answers of like length share a batch, padded on the left.
+    It is asked in the chat form, with no example before it. An answer is right as in GSM8K's
+    strict-match: by its first `#### number`. Problems whose answers are about as long share a
+    batch, padded on the left.
     """
     import torch
 
@@ -306,12 +318,13 @@ def solved(model, tokenizer, rows: list[dict], max_new_tokens: int = 140,
     return right
 
 
-def accuracy(model, tokenizer, rows: list[dict], formats: tuple[Format, ...] = FORMATS):
-    """Problems solved with weights and activations rounded, beside the unrounded model's.
+def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict],
+             formats: tuple[Format, ...] = FORMATS) -> DataFrame:
+    """Problems solved with weights and activations rounded, beside those of the unrounded model.
 
-    A DataFrame, index format: "right", "accuracy" with its 95 % interval "low" to "high"
-    (Wilson), and against the unrounded model "lost", "gained" and McNemar's "p". A scale per
-    tensor is one for all tokens that a step computes, so for the whole batch.
+    The index is the format. The columns are "right", "accuracy" with its 95 % interval from "low"
+    to "high" (Wilson), and, against the unrounded model, "lost", "gained" and McNemar's "p". A
+    scale per tensor is one for all tokens that a step computes, and so for the whole batch.
     """
     import pandas as pd
 

@@ -4,26 +4,35 @@
 to `data/measured/outliers.json`, so that a notebook shows the second where it is not at hand.
 """
 
+from __future__ import annotations
+
 import json
+from typing import TYPE_CHECKING
 
 from helpers import ablation, checkpoint, workspace
 from helpers.checkpoint import Checkpoint
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 MEASURED = workspace.data("measured", "outliers.json")
 
 
-def text(tokenizer):
+def text(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """The text all models read: the first held-out problem with its answer, int64 [1, tokens]."""
     with open(workspace.data("tiny_gsm8k", "test.jsonl")) as lines:
         return ablation.encoded(tokenizer, [json.loads(next(lines))])[0]
 
 
-def table(model, fp8: Checkpoint, ids):
-    """Largest over smallest, by module: a DataFrame, index module, in the model's order.
+def table(model: PreTrainedModel, fp8: Checkpoint, ids: Tensor) -> DataFrame:
+    """How far apart scales, tokens and features lie, by module in the model's order.
 
-    "weight scales": the largest output channel's scale over the smallest's, from the FP8
-    checkpoint. "tokens": the amax of the loudest token of the module's input over the quietest's.
-    "features": the amax of the input's largest feature over the median feature's.
+    `ids`: int64 [1, tokens]. "weight scales" is the largest output channel's scale over the
+    smallest's, from the FP8 checkpoint; "tokens" is the amax of the loudest token of the module's
+    input over the quietest's; "features" is the amax of the input's largest feature over the
+    median feature's.
     """
     import pandas as pd
 
@@ -40,8 +49,8 @@ def table(model, fp8: Checkpoint, ids):
     return pd.DataFrame(rows).T
 
 
-def measured() -> dict:
-    """The committed figures: model's name to a table as `table` makes it."""
+def measured() -> dict[str, DataFrame]:
+    """The committed figures: a table as `table` makes it, by the model's name."""
     import pandas as pd
 
     kept = json.loads(MEASURED.read_text())

@@ -4,15 +4,23 @@ One tensor or one slice of it is read at a time, so that a 14.7B checkpoint need
 than a small one.
 """
 
+from __future__ import annotations
+
 import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from helpers import WorkbookError, checkpoint
 from helpers.checkpoint import Checkpoint
-from helpers.fp8 import upcast
+from helpers.fp8 import FLOAT16_READING, upcast
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from torch import Tensor
 
 SLICE = 2**19  # weights worked on at once: 2 MB in float32 stay in the processor's cache
-TINY = 1e-12  # a channel of zeros has no error to divide
-MAP_ROWS = 64  # output channels that a cell of the SQNR map is taken from
+TINY = 1e-12  # what the error of a channel of zeros, which is 0, is divided by
+MAP_ROWS = 64  # a cell of the SQNR map is taken from so many output channels
 
 
 def modules(fp8: Checkpoint) -> list[tuple[int, str, str]]:
@@ -32,7 +40,7 @@ def modules(fp8: Checkpoint) -> list[tuple[int, str, str]]:
     return found
 
 
-def of(fp8: Checkpoint, module: str):
+def of(fp8: Checkpoint, module: str) -> Tensor:
     """The scales of a module's output channels: float32 [out].
 
     Raises `WorkbookError` when there is no such module, it is not FP8, it has one scale for the
@@ -44,7 +52,7 @@ def of(fp8: Checkpoint, module: str):
     if weight is None:
         raise WorkbookError(f"There is no module {module} in {fp8.name}.",
                             "Names are those of the checkpoint's header.",
-                            "scales.modules(path) lists the FP8 modules there are.")
+                            "scales.modules(fp8) lists the FP8 modules there are.")
     if weight.dtype != "F8_E4M3" or scale is None:
         raise WorkbookError(f"{module} of {fp8.name} is not FP8: its weight is {weight.dtype}"
                             f"{'' if scale else ' without a scale'}.",
@@ -65,13 +73,14 @@ def of(fp8: Checkpoint, module: str):
     return values
 
 
-def rows(model: Checkpoint, name: str, start: int, stop: int):
-    """Rows start to stop of a tensor, float32; nothing else of it is read."""
+def rows(model: Checkpoint, name: str, start: int, stop: int) -> Tensor:
+    """Rows start to stop of a tensor, float32 [stop - start, in]; no other row is read."""
     with model.shard_of(name) as shard:
         return shard.get_slice(name)[start:stop].float()
 
 
 def require_one_model(base: Checkpoint, fp8: Checkpoint, name: str) -> None:
+    """Raise `WorkbookError` if a tensor has one shape in the base and another in the FP8 model."""
     shapes = [model.by_name[name].shape for model in (base, fp8) if name in model.by_name]
     if len(set(shapes)) > 1:
         raise WorkbookError(
@@ -80,10 +89,13 @@ def require_one_model(base: Checkpoint, fp8: Checkpoint, name: str) -> None:
             "Name the base that the FP8 checkpoint was made from.")
 
 
-def channel_error(base: Checkpoint, fp8: Checkpoint, module: str, channels: int | None = None):
-    """Squares of signal and of error by output channel: two float32 tensors [channels].
+def channel_error(base: Checkpoint, fp8: Checkpoint, module: str,
+                  channels: int | None = None) -> tuple[Tensor, Tensor]:
+    """The sums of squares of signal and of error by output channel: two float32 [channels].
 
-    `channels`: the first so many only; all when None.
+    The signal is the base's weight, the error is code times scale less it. `channels` limits it to
+    the first so many; None takes all. Raises `WorkbookError` when the two checkpoints are not of
+    one model, or an error is not a number.
     """
     import torch
 
@@ -97,7 +109,8 @@ def channel_error(base: Checkpoint, fp8: Checkpoint, module: str, channels: int 
         for start in range(0, len(scale), step):
             part = slice(start, min(start + step, len(scale)))
             weight = original[part].float()
-            error = torch.addcmul(weight, upcast(codes[part]), scale[part, None], value=-(2.0**8))
+            error = torch.addcmul(weight, upcast(codes[part]), scale[part, None],
+                                  value=-FLOAT16_READING)
             signal[part] = torch.linalg.vecdot(weight, weight)
             noise[part] = torch.linalg.vecdot(error, error)
     bad = ~torch.isfinite(noise)
@@ -110,13 +123,13 @@ def channel_error(base: Checkpoint, fp8: Checkpoint, module: str, channels: int 
     return signal, noise
 
 
-def relative_error(base: Checkpoint, fp8: Checkpoint, module: str):
+def relative_error(base: Checkpoint, fp8: Checkpoint, module: str) -> Tensor:
     """Norm of the error over norm of the weights, by output channel: float32 tensor [out]."""
     signal, noise = channel_error(base, fp8, module)
     return (noise / signal.clamp_min(TINY)).sqrt()
 
 
-def spread_map(fp8: Checkpoint):
+def spread_map(fp8: Checkpoint) -> DataFrame:
     """Largest over smallest channel scale: a DataFrame, index layer, columns module."""
     def spread(module):
         values = of(fp8, module)
@@ -125,7 +138,7 @@ def spread_map(fp8: Checkpoint):
     return _map(fp8, spread)
 
 
-def sqnr_map(base: Checkpoint, fp8: Checkpoint):
+def sqnr_map(base: Checkpoint, fp8: Checkpoint) -> DataFrame:
     """SQNR in dB of the first `MAP_ROWS` channels: a DataFrame, index layer, columns module."""
     import torch
 
@@ -136,7 +149,7 @@ def sqnr_map(base: Checkpoint, fp8: Checkpoint):
     return _map(fp8, sqnr)
 
 
-def _map(fp8: Checkpoint, value):
+def _map(fp8: Checkpoint, value: Callable[[str], float]) -> DataFrame:
     import pandas as pd
 
     table = {}
@@ -145,7 +158,7 @@ def _map(fp8: Checkpoint, value):
     return pd.DataFrame(table).rename_axis(index="layer", columns="module")
 
 
-def largest(scale, count: int = 5) -> str:
+def largest(scale: Tensor, count: int = 5) -> str:
     """The channels with the largest scales, named, largest first."""
     top = scale.topk(min(count, len(scale)))
     return ", ".join(f"{int(channel)} ({value:.3g})" for value, channel in zip(*top, strict=True))

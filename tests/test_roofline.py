@@ -116,7 +116,7 @@ def test_the_bandwidth_of_a_cpu_is_a_gib_over_the_median_of_seven_reads(monkeypa
         models.NO_SUCH_NAME  # noqa: B018
 
 
-def test_what_a_24_gb_card_has_left_after_fp8():
+def test_what_a_gpu_of_24_gb_has_left_after_fp8():
     found = roofline.budget(PHI4, "fp8", 24 * 10**9, 300e9)
     assert found.weights == 15_691_827_200
     assert found.left == 21_600_000_000 - 15_691_827_200
