@@ -216,7 +216,7 @@ def throughput_rounds(speed: DataFrame) -> None:
     words = f"Tokens per second of {_names(speed.columns)} over {len(speed)} rounds"
     if len(speed.columns) == 2:
         ratio = stats.ratio_by_round(speed["fp8"], speed["bf16"])
-        title = f"One stream, FP8 over bf16: {stats.times(ratio)}"
+        title = f"One stream, FP8 over bf16: {stats.brief(ratio)}"
         words += f"; FP8 over bf16 is {stats.in_words(ratio)}"
     axis.set_title(title, loc="left")
     show(figure, f"{words}.")

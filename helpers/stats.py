@@ -161,17 +161,17 @@ def spreads(ratio: Interval) -> bool:
     return (ratio.high - ratio.low) / ratio.value > 0.25
 
 
-def times(ratio: Interval) -> str:
+def brief(ratio: Interval) -> str:
     """A ratio with as many decimals as its interval bears: "1.88x" or "about 1.9x"."""
     return f"about {ratio.value:.1f}x" if spreads(ratio) else f"{ratio.value:.2f}x"
 
 
 def in_words(ratio: Interval) -> str:
-    """A ratio as `times` writes it, and its interval."""
+    """A ratio as `brief` writes it, and its interval."""
     interval = f"95 % interval {ratio.low:.2f} to {ratio.high:.2f}"
     if spreads(ratio):
-        return f"{times(ratio)}: the rounds spread too widely to say more ({interval})"
-    return f"{times(ratio)}, {interval}"
+        return f"{brief(ratio)}: the rounds spread too widely to say more ({interval})"
+    return f"{brief(ratio)}, {interval}"
 
 
 def _per_n(n: int | Sequence[int], largest: float,

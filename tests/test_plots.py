@@ -98,7 +98,7 @@ def test_a_bar_is_pale_where_the_gpu_cannot_serve_that_arm(monkeypatch):
     monkeypatch.setattr(plots, "show", lambda figure, alt: figures.append(figure))
     table = roofline.gpu_table(roofline.load_config(REPO / "data" / "phi4"))
     plots.decode_ceilings(table.loc[["A40", "L4", "V100 SXM2 32 GB"]])
-    alphas = [bar.get_alpha() for bar in figures[0].axes[0].patches][:6]
+    alphas = [bar.get_alpha() for bars in figures[0].axes[0].containers for bar in bars][:6]
     assert alphas == [1, 1, 0.25, 1, 0.25, 0.25]  # bf16 and FP8 of each; the V100 has no kernel
 
 
