@@ -40,6 +40,7 @@ def test_a_wrong_answer_gets_a_hint_and_stops_nothing(name, cell, solution, wron
 
 
 NEAR_MISSES = [  # the check, an answer as it is usually wrong
+    ("rtx_a6000_ceiling", 768 / 28.29), ("rtx_a6000_ceiling", 768 / 14.66 * 1.02),
     ("kv_cache_bytes", 10 * 128 * 40 * 2 * 16384),  # keys without values
     ("kv_cache_bytes", 2 * 40 * 128 * 40 * 2 * 16384),  # query heads
     ("bytes_saved_on_lm_head", 100352 * 5120), ("bytes_saved_on_lm_head", 100352 * 5120 - 100352),
