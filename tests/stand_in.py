@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
-from helpers import workspace
+from helpers import models
 
 COMPLETION = json.dumps({"choices": [{"index": 0, "text": " 1 + 1 = 2\n#### 2"}]}).encode()
 Answer = tuple[int, bytes]  # HTTP status and body
@@ -60,8 +60,8 @@ def vllm(answer: Callable[[SimpleNamespace], Answer] = lambda request: (200, COM
     with listening(answer) as server:
         yield SimpleNamespace(
             url=server.url, asked=server.asked, api_key="the-servers-key", model_name="tiny",
-            model=workspace.data("tiny_phi4"), kernel="unquantized", log_path=Path("vllm.log"),
-            log=lambda: "")
+            model=models.tiny().checkpoint.path, checkpoint=models.tiny().checkpoint,
+            kernel="unquantized", log_path=Path("vllm.log"), log=lambda: "")
 
 
 @contextlib.contextmanager

@@ -4,13 +4,14 @@ import contextlib
 import math
 import re
 import urllib.request
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from helpers import WorkbookError, hardware, models, throughput
+from helpers.headers import TensorInfo
 from helpers.throughput import Work
 
 
@@ -197,10 +198,7 @@ def test_the_summary_holds_medians_and_the_range():
     assert throughput.kernel(rounds, "bf16") == "unquantized"
 
 
-def test_two_models_too_large_for_memory_are_not_served_together(tmp_path):
-    big = tmp_path / "model.safetensors"
-    big.touch()
-    assert throughput._fit_together({"bf16": Path(tmp_path)})
-    with open(big, "wb") as file:
-        file.truncate(2**43)  # sparse: 9 TB that take no disk
-    assert not throughput._fit_together({"bf16": Path(tmp_path)})
+def test_two_models_too_large_for_memory_are_not_served_together(tiny_base):
+    assert throughput._fit_together({"bf16": tiny_base, "fp8": tiny_base})
+    huge = replace(tiny_base, tensors=(TensorInfo("weight", "BF16", (2**21, 2**21), 2**43),))
+    assert not throughput._fit_together({"bf16": tiny_base, "fp8": huge})
