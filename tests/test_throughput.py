@@ -68,7 +68,6 @@ def test_the_tokens_that_were_asked_for_were_generated(fp8_server, measure):
 
 def test_one_streams_times_to_its_tokens_fill_the_run(fp8_server, measure):
     raw = measure(fp8_server, Work(prompt_tokens=16, generated_tokens=120)).raw
-    assert len(raw["itls"][0]) == 119
     spent = sum(raw["ttfts"]) + sum(map(sum, raw["itls"]))
     assert 0.7 * raw["duration"] < spent <= raw["duration"]
 

@@ -85,6 +85,21 @@ def test_half_an_answer_of_the_benchmark(said, monkeypatch, happened):
     happened(error.value)
 
 
+@pytest.mark.fault("a serving environment in which vLLM cannot be imported")
+def test_a_benchmark_that_cannot_start(monkeypatch, happened):
+    # The notebook's environment has no vLLM.
+    monkeypatch.setattr(throughput.serving, "serve_python", lambda: sys.executable)
+    with stand_in.vllm() as server, throughput.benchmark() as measure:
+        with pytest.raises(WorkbookError, match="its process died") as said:
+            measure(server, Work())
+        time.sleep(1)  # its pipe outlives its last word by a moment
+        with pytest.raises(WorkbookError, match="its process died"):
+            measure(server, Work())
+    log = (workspace.root() / "logs" / "benchmark.log").read_text()
+    assert "No module named 'vllm'" in log and "benchmark.log" in said.value.remedy
+    happened(said.value)
+
+
 @as_root
 @pytest.mark.fault("the benchmark's log cannot be written")
 def test_a_read_only_workspace(tmp_workspace, happened):
