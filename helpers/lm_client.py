@@ -117,12 +117,12 @@ class _OurRequests:
         response = self._post(payload)
         try:
             (answer,) = self.parse_generations(response.json())
+            answer = "" if answer is None else answer + ""  # None, as lm-eval takes it; else a text
         except (ValueError, KeyError, IndexError, TypeError):
             raise WorkbookError(
                 f"What answers at {self._server.url} sent something that is no completion.",
                 "It is not the server that was started, or vLLM has changed its form.",
                 f"Start the server again; its log is {self._server.log_path}.") from None
-        answer = answer or ""  # as lm-eval takes an answer that is null
         self.cache_hook.add_partial("generate_until", request.args, answer)
         return answer
 
@@ -137,7 +137,7 @@ class _OurRequests:
                 if 400 <= answer.status_code < 500:  # it would refuse again
                     raise WorkbookError(
                         f"The {self._label} server refused a request (HTTP {answer.status_code}).",
-                        f"It says: {answer.text[:300]}",
+                        f"It says: {client.refusal(answer)}",
                         "See that prompt and answer fit the server's --max-model-len.")
                 answer.raise_for_status()
         return answer

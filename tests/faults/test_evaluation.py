@@ -80,8 +80,8 @@ def test_a_refused_request_is_said_at_once(happened):
 @pytest.mark.fault("another program answers at the server's port")
 @pytest.mark.parametrize("body", [
     b"<html>Log in to the network</html>", b'{"choices": []}', b'{"object": "list"}', b"[]",
-    b'{"choices": [{"index": 5, "text": "2"}]}'],
-    ids=["a page", "no choice", "no choices", "a list", "a choice too many"])
+    b'{"choices": [{"index": 5, "text": "2"}]}', b'{"choices": [{"index": 0, "text": 2}]}'],
+    ids=["a page", "no choice", "no choices", "a list", "a choice too many", "a number"])
 def test_an_answer_that_is_no_completion(body, happened):
     with (stand_in.vllm(lambda request: (200, body)) as server,
           pytest.raises(WorkbookError, match="something that is no completion") as said):
@@ -293,14 +293,13 @@ def test_broken_problems_are_refused_by_line(broken, says, tmp_path, monkeypatch
 
 
 @pytest.mark.fault("PHI4_FP8_GSM8K under ~, or relative")
-@pytest.mark.parametrize("named", ["~/problems", "problems"])
+@pytest.mark.parametrize("named", ["~/problems", "{}/problems"], ids=["home", "relative"])
 def test_a_place_under_home_is_found(named, tmp_path, monkeypatch, happened):
     (tmp_path / "problems").mkdir()
     for name in ("train.jsonl", "test.jsonl"):
         (tmp_path / "problems" / name).write_text(GOOD * 6)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(gsm8k.VARIABLE, named)
+    monkeypatch.setenv(gsm8k.VARIABLE, named.format(os.path.relpath(tmp_path, workspace.repo())))
     found, _ = gsm8k.task(REAL)
     assert found["dataset_kwargs"]["data_files"]["test"] == str(tmp_path / "problems/test.jsonl")
     happened("the problems were found")
