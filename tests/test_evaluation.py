@@ -192,7 +192,7 @@ def test_the_rows_are_the_first_of_the_test_set_with_five_shots(score):
         questions = [json.loads(next(lines))["question"] for _ in range(ROWS)]
     assert [item["question"] for item in score.samples] == questions
     for item in score.samples:
-        assert item["prompt"].count("Question: ") == 6
+        assert item["prompt"].count("Question: ") == 6 and item["response"].strip()
         assert item["prompt"].endswith(f"Question: {item['question']}\nAnswer:")
 
 
