@@ -90,7 +90,7 @@ def _cache(server: VllmServer, arguments: dict) -> Path:
            "chat": arguments["apply_chat_template"], "lm_eval": version("lm_eval"),
            "kernel": server.kernel, "checkpoint": server.checkpoint.fingerprint}
     key = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
-    return _writable(workspace.root() / "results" / "unfinished" / key)
+    return _writable(workspace.folder("results", "unfinished") / key)
 
 
 def _writable(place: Path) -> Path:
@@ -98,11 +98,8 @@ def _writable(place: Path) -> Path:
 
     lm-eval opens the cache in a thread of its own, whose errors would show as tracebacks.
     """
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+    with workspace.writing(place, "Nothing was asked: what is answered would be lost."):
         tempfile.TemporaryFile(dir=place.parent).close()
-    except OSError as error:
-        raise _not_kept(error) from None
     for file in place.parent.glob(f"{place.name}*.db"):
         try:
             with contextlib.closing(sqlite3.connect(file)) as cache:
@@ -114,15 +111,6 @@ def _writable(place: Path) -> Path:
             print(f"{file.name}, the answers of an interrupted run, is damaged: all rows are "
                   "asked again.")
     return place
-
-
-def _not_kept(error: Exception) -> WorkbookError:
-    return WorkbookError(
-        f"The answers cannot be kept on the disk: {error}.",
-        "An evaluation that is interrupted goes on from there, so none is run without it. What was "
-        "kept before is still there.",
-        "Free some space or make the workspace writable, or set PHI4_FP8_WORKSPACE to another "
-        "folder, and run this again: only the missing rows are asked for.")
 
 
 def show(arguments: dict) -> None:
@@ -160,7 +148,12 @@ def in_words():
         with _quiet():
             yield
     except sqlite3.Error as error:
-        raise _not_kept(error) from None
+        raise WorkbookError(
+            f"The answers cannot be kept on the disk: {error}.",
+            "An evaluation goes on from them when it is interrupted. Those kept before are still "
+            "there.",
+            "Free some space, or set PHI4_FP8_WORKSPACE to a folder on a larger disk, and run this "
+            "again: only the missing rows are asked for.") from None
     except ConnectionError as error:
         raise _out_of_reach(error) from None
     except (OSError, DatasetsError) as error:
@@ -234,10 +227,7 @@ def collect(results: dict, arm: str) -> Evaluation:
                 "lm_eval": results["lm_eval_version"]},
         table=make_table(results),
     )
-    try:
-        workspace.write_json(_saved(name, arm), asdict(evaluation))
-    except OSError as error:
-        raise _not_kept(error) from None
+    workspace.write_json(_saved(name, arm), asdict(evaluation))
     cache = Path(asked["use_cache"])
     for kept in cache.parent.glob(f"{cache.name}*"):
         kept.unlink()

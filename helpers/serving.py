@@ -263,7 +263,7 @@ class VllmServer:
         if answer.status_code >= 500 and self._is_dying():
             raise self._died("while answering")
         raise WorkbookError(
-            f"vLLM refused the request (HTTP {answer.status_code}).", _message_of(answer),
+            f"vLLM refused the request (HTTP {answer.status_code}).", client.refusal(answer),
             "Change the request: its prompt, length or sampling.")
 
     def _is_dying(self) -> bool:
@@ -332,10 +332,3 @@ def _checked_name(name: str) -> str:
                             "Clients ask for the model by this name, in JSON.",
                             "Give `name` letters, digits, and what else can be printed.")
     return name
-
-
-def _message_of(answer: requests.Response) -> str:
-    try:
-        return answer.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        return answer.text[:300] or "It gave no reason."

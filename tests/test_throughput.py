@@ -67,9 +67,12 @@ def test_the_tokens_that_were_asked_for_were_generated(fp8_server, measure):
 
 
 def test_one_streams_times_to_its_tokens_fill_the_run(fp8_server, measure):
+    before = counted(fp8_server, "e2e_request_latency_seconds_sum")
     raw = measure(fp8_server, Work(prompt_tokens=16, generated_tokens=120)).raw
+    served = counted(fp8_server, "e2e_request_latency_seconds_sum") - before
+    # From sending the request to its last token passes no less than the server needs for it.
     spent = sum(raw["ttfts"]) + sum(map(sum, raw["itls"]))
-    assert 0.7 * raw["duration"] < spent <= raw["duration"]
+    assert 0 < served <= spent <= raw["duration"]
 
 
 def test_a_request_that_cannot_be_answered_does_not_count(fp8_server, measure):

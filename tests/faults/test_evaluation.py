@@ -204,7 +204,7 @@ def test_a_workspace_that_cannot_be_written_to(tmp_workspace, happened, capfd):
         (tmp_workspace / "results" / "unfinished").mkdir(parents=True)
         read_only()
         with (stand_in.vllm() as server,
-              pytest.raises(WorkbookError, match="cannot be kept on the disk") as said):
+              pytest.raises(WorkbookError, match="cannot be written: Read-only") as said):
             evaluation.run(server, TINY, "bf16", limit=2)
     assert server.asked == [] and "Traceback" not in capfd.readouterr().err
     happened(said.value)
@@ -214,7 +214,7 @@ def test_a_workspace_that_cannot_be_written_to(tmp_workspace, happened, capfd):
 def test_a_file_in_place_of_the_results(tmp_workspace, happened):
     (workspace.root() / "results").write_text("mine")
     with (stand_in.vllm() as server,
-          pytest.raises(WorkbookError, match="cannot be kept on the disk") as said):
+          pytest.raises(WorkbookError, match="results is a file, and should be a folder") as said):
         evaluation.run(server, TINY, "bf16", limit=2)
     assert server.asked == [] and (tmp_workspace / "results").read_text() == "mine"
     happened(said.value)
