@@ -34,6 +34,14 @@ def without_proxies(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.lower() not in _PROXIES}
 
 
+def refusal(answer: requests.Response) -> str:
+    """Why a request was refused: vLLM's own message, else the beginning of what came back."""
+    try:
+        return answer.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return answer.text[:300] or "It gave no reason."
+
+
 class _Patient(HTTPAdapter):
     def send(self, request, timeout=None, **options):
         return super().send(request, timeout=timeout or TIMEOUT, **options)

@@ -23,9 +23,8 @@ from helpers.checkpoint import Checkpoint
 from helpers.hardware import Machine, ServingMode
 from helpers.models import Profile
 
-GSM8K_ROWS = 100
-OUTPUT_TOKENS = 500
-ROUNDS = 5
+GSM8K_ROWS = 100  # of the test set, as on the model card
+DECODING = throughput.Work()  # one stream of 500 tokens, as on the card, five times
 
 
 @dataclass(frozen=True)
@@ -107,11 +106,11 @@ class Course:
             return
         print(f"Not in the ledger yet: {', '.join(lacking)}. Measuring now, a few minutes.")
         if "gsm8k" in lacking:
-            self.measure_gsm8k()
+            self.measure_gsm8k(GSM8K_ROWS)
         if "throughput" in lacking:
-            self._measure_throughput(self.arms())
+            self._measure_throughput()
 
-    def measure_gsm8k(self, limit: int | None = GSM8K_ROWS) -> dict[str, evaluation.Evaluation]:
+    def measure_gsm8k(self, limit: int | None) -> dict[str, evaluation.Evaluation]:
         """The arms on the first `limit` rows, or on all for None, into the ledger; by arm."""
         flags, scores = serving.default_flags(self.profile, self.mode), {}
         for arm, model in self.arms().items():
@@ -121,13 +120,13 @@ class Course:
                             **evaluation.ledger_row(scores[arm], scores.get("bf16")))
         return scores
 
-    def _measure_throughput(self, arms: dict[str, Checkpoint]) -> None:
-        work = {1: throughput.benchmark_flags(OUTPUT_TOKENS, concurrency=1, prompts=1)}
-        rounds = throughput.compare(arms, self.profile, self.mode, work, rounds=ROUNDS)
+    def _measure_throughput(self) -> None:
+        arms = self.arms()
+        rounds = throughput.compare(arms, self.profile, self.mode, [DECODING])
         for arm, model in arms.items():
             self.record("throughput", arm, model, kernel=throughput.kernel(rounds, arm),
-                        work={"output_tokens": OUTPUT_TOKENS, "concurrency": 1, "rounds": ROUNDS},
-                        metrics=throughput.summary(rounds, arm))
+                        work=DECODING.in_ledger(),
+                        metrics=throughput.summary(rounds, arm, DECODING))
 
     def __repr__(self) -> str:
         gpus = ", ".join(gpu.name for gpu in self.machine.gpus)

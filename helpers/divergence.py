@@ -6,10 +6,15 @@ servers are asked one after the other, so they need not be up at once.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import requests
 
 from helpers import WorkbookError, client
+from helpers.serving import VllmServer
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 VLLM_DEFAULT_TOP = 20  # vLLM's --max-logprobs, unless it is told otherwise
 
@@ -18,9 +23,9 @@ VLLM_DEFAULT_TOP = 20  # vLLM's --max-logprobs, unless it is told otherwise
 class Reading:
     """What a server expected at each token of some continuations.
 
-    `tokens[i]`: the token ids of continuation i, n_i of them; `expected[i]`: n_i dicts, token id
-    to natural log-probability, the `top` likeliest and the token that followed; `top`: how many,
-    -1 for the whole vocabulary; `pieces`: token id to text.
+    `tokens[i]`: the token ids of continuation i. `expected[i]`: one dict for each of them, token id
+    to natural log-probability, of the `top` likeliest tokens and of the one that followed. `top`:
+    -1 for the whole vocabulary. `pieces`: token id to text.
     """
 
     arm: str
@@ -30,7 +35,7 @@ class Reading:
     pieces: dict[int, str]
 
 
-def read(server, arm: str, texts: list[tuple[str, str]],
+def read(server: VllmServer, arm: str, texts: list[tuple[str, str]],
          top: int = VLLM_DEFAULT_TOP) -> Reading:
     """Let the server read each (prompt, continuation), and keep what it expected.
 
@@ -52,7 +57,7 @@ def read(server, arm: str, texts: list[tuple[str, str]],
     return Reading(arm, tokens, expected, top, {token: tokenizer.decode([token]) for token in seen})
 
 
-def _prompt_logprobs(server, tokens: list[int], top: int) -> list[dict[int, float]]:
+def _prompt_logprobs(server: VllmServer, tokens: list[int], top: int) -> list[dict[int, float]]:
     body = {"model": server.model_name, "prompt": tokens, "max_tokens": 1, "temperature": 0,
             "prompt_logprobs": top}
     try:
@@ -66,7 +71,7 @@ def _prompt_logprobs(server, tokens: list[int], top: int) -> list[dict[int, floa
     if not answer.ok:
         raise WorkbookError(
             f"vLLM refused to read a text of {len(tokens)} tokens (HTTP {answer.status_code}).",
-            answer.json().get("error", {}).get("message", answer.text)[:300],
+            client.refusal(answer)[:300],
             "Ask for fewer log-probabilities (`top`), start the server with --max-logprobs -1, or "
             "leave out what is longer than its --max-model-len.")
     found = answer.json()["choices"][0]["prompt_logprobs"]
@@ -74,12 +79,12 @@ def _prompt_logprobs(server, tokens: list[int], top: int) -> list[dict[int, floa
             for position in found]
 
 
-def compare(first: Reading, second: Reading):
+def compare(first: Reading, second: Reading) -> "pd.DataFrame":
     """KL divergence of the second arm from the first, and agreement, token by token.
 
-    A DataFrame, one row a token of a continuation: `text` and `position` (both from 0), `token`,
-    each arm's log-probability of it, `kl` in nats, and `agree`: whether both arms find the same
-    token likeliest.
+    A DataFrame with a row for each token of the continuations: `text` and `position` (both from
+    0), `token`, each arm's log-probability of it, `kl` in nats, and `agree`: whether both arms find
+    the same token likeliest.
 
     kl = sum over tokens of p ln(p / q), p the first arm's. With the whole vocabulary it is exact;
     with the `top` likeliest, the tokens that are not in both lists are one class together, which
@@ -99,7 +104,10 @@ def compare(first: Reading, second: Reading):
                 f"{first.arm} logprob": p[token], f"{second.arm} logprob": q[token],
                 "kl": _kl(p, q), "agree": max(p, key=p.get) == max(q, key=q.get),
             })
-    return pd.DataFrame(rows)
+    names = ("text", "position", "token", f"{first.arm} logprob", f"{second.arm} logprob", "kl",
+             "agree")
+    return pd.DataFrame(rows, columns=list(dict.fromkeys(names))).astype(
+        {"kl": float, "agree": bool})
 
 
 def _kl(p: dict[int, float], q: dict[int, float]) -> float:
@@ -114,7 +122,7 @@ def _kl(p: dict[int, float], q: dict[int, float]) -> float:
     return float(max(rel_entr(*classes).sum(), 0))
 
 
-def first_divergence(tokens) -> list[int | None]:
+def first_divergence(tokens: "pd.DataFrame") -> list[int | None]:
     """For each text, the position of the first token on which the arms disagree; None: on none.
 
     `tokens` is what `compare` returns. When the continuation is the first arm's own greedy answer,
@@ -124,8 +132,11 @@ def first_divergence(tokens) -> list[int | None]:
             for _, text in tokens.groupby("text")]
 
 
-def summary(tokens) -> dict[str, float]:
-    """The figures of `compare` in one line: tokens, kl (nats per token), agreement, divergence."""
+def summary(tokens: "pd.DataFrame") -> dict[str, float]:
+    """The figures of `compare` in one line: tokens, kl (nats per token), agreement, divergence.
+
+    NaN where there were no tokens to compare.
+    """
     import statistics
 
     diverging = [position for position in first_divergence(tokens) if position is not None]

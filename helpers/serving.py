@@ -27,6 +27,8 @@ from helpers.serve_side.supervisor import GRACE
 
 STARTUP_TIMEOUT = 1800  # seconds; Phi-4 in bf16 from a slow disk, compiled, takes several minutes
 
+MAX_STREAMS = {"cpu": 16, "cuda": 64}  # requests that a server answers at once, by device
+
 # Forces Marlin's W8A16 kernel, on GPUs with FP8 tensor cores too; a bf16 model is not concerned.
 MARLIN = ["--linear-backend", "marlin"]
 
@@ -78,12 +80,13 @@ def default_flags(profile, mode) -> list[str]:
     where FP8 weights meet 16-bit activations, Marlin's kernel by name, since vLLM 0.32 would take
     another package's first (Humming, in `_POSSIBLE_WFP8A16_KERNELS`) and not say in its log which.
     """
-    flags = ["--dtype", "bfloat16", "--max-model-len", str(profile.max_model_len)]
+    flags = ["--dtype", "bfloat16", "--max-model-len", str(profile.max_model_len),
+             "--max-num-seqs", str(MAX_STREAMS[mode.device])]
     if mode.device == "cpu":
-        return [*flags, "--enforce-eager", "--max-num-seqs", "16",
+        return [*flags, "--enforce-eager",
                 "--kv-cache-memory-bytes", str(2**30), "--distributed-executor-backend", "uni"]
     marlin = MARLIN if mode.key == "gpu-w8a16" else []
-    return [*flags, "--max-num-seqs", "64", "--gpu-memory-utilization", "0.90", *marlin]
+    return [*flags, "--gpu-memory-utilization", "0.90", *marlin]
 
 
 class VllmServer:
@@ -260,7 +263,7 @@ class VllmServer:
         if answer.status_code >= 500 and self._is_dying():
             raise self._died("while answering")
         raise WorkbookError(
-            f"vLLM refused the request (HTTP {answer.status_code}).", _message_of(answer),
+            f"vLLM refused the request (HTTP {answer.status_code}).", client.refusal(answer),
             "Change the request: its prompt, length or sampling.")
 
     def _is_dying(self) -> bool:
@@ -329,10 +332,3 @@ def _checked_name(name: str) -> str:
                             "Clients ask for the model by this name, in JSON.",
                             "Give `name` letters, digits, and what else can be printed.")
     return name
-
-
-def _message_of(answer: requests.Response) -> str:
-    try:
-        return answer.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        return answer.text[:300] or "It gave no reason."

@@ -1,8 +1,9 @@
 """Decoding speed by vLLM's own serving benchmark, run and read.
 
-The benchmark lives in the serving environment and takes several seconds to import. So one process
-there (`helpers.serve_side.bench_worker`) imports it once and runs it as often
-as it is asked to, with the arguments and the key it is sent over a pipe.
+`Work` says what is measured; `compare` measures it on the arms in turn. The benchmark lives in the
+serving environment and takes several seconds to import, so one process there
+(`helpers.serve_side.bench_worker`) imports it once. It is sent each run's arguments and the
+server's key over a pipe, and runs the benchmark as often as it is asked to.
 """
 
 import contextlib
@@ -10,14 +11,16 @@ import json
 import math
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import psutil
 
 from helpers import WorkbookError, checkpoint, hardware, serving, workspace
 from helpers.checkpoint import Checkpoint
+from helpers.hardware import ServingMode
+from helpers.models import Profile
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,17 +32,65 @@ _SERVER_MEMORY = 4 * 2**30  # bytes that a server on a CPU takes beside its weig
 
 
 @dataclass(frozen=True)
-class BenchResult:
-    """One run of the benchmark: no failed request, every request of the length asked for.
+class Work:
+    """What is measured: `streams` requests at once, each of so many tokens, `rounds` times.
 
-    Throughput in generated tokens per second, the prefill's time included; the latencies are
-    medians and 99th percentiles in milliseconds: time to first token, time per output token after
-    it, inter-token.
+    `prompt_tokens` and `generated_tokens` are those of each request.
+    """
+
+    streams: int = 1
+    prompt_tokens: int = 64
+    generated_tokens: int = 500
+    rounds: int = 5
+
+    def __post_init__(self):
+        if min(vars(self).values()) < 1:
+            raise WorkbookError(
+                f"{self} is no work.",
+                "A measurement needs at least one stream, one token each way, and one round.",
+                "Give numbers of 1 or more.")
+
+    @property
+    def title(self) -> str:
+        """What a table or a plot calls it: a prompt, where nothing is decoded but one token."""
+        if self.generated_tokens == 1:
+            return f"prompt of {self.prompt_tokens}"
+        return "1 stream" if self.streams == 1 else f"{self.streams} streams"
+
+    @property
+    def counted_tokens(self) -> int:
+        """The tokens of tokens per second: generated ones, or the prompts' for a prompt."""
+        each = self.prompt_tokens if self.generated_tokens == 1 else self.generated_tokens
+        return self.streams * each
+
+    def flags(self) -> list[str]:
+        """The flags of `vllm bench serve` for one round: every request once, greedy."""
+        return ["--dataset-name", "random", "--random-input-len", str(self.prompt_tokens),
+                "--random-output-len", str(self.generated_tokens), "--ignore-eos",
+                "--temperature", "0", "--num-prompts", str(self.streams),
+                "--max-concurrency", str(self.streams), "--seed", "0"]
+
+    def in_ledger(self) -> dict[str, int]:
+        """The same under the names that the ledger and the published figures have for it."""
+        return {"input_tokens": self.prompt_tokens, "output_tokens": self.generated_tokens,
+                "concurrency": self.streams, "rounds": self.rounds}
+
+    @classmethod
+    def from_ledger(cls, row: dict) -> "Work":
+        """What `in_ledger` wrote, from the `work` of a row."""
+        return cls(row["concurrency"], row["input_tokens"], row["output_tokens"], row["rounds"])
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """One round of the benchmark: no failed request, every request of the length asked for.
+
+    Throughput in generated tokens per second, the prefill's time included. The latencies are
+    medians and 99th percentiles in milliseconds: time to first token (TTFT), time per output token
+    after the first (TPOT), time between two tokens (ITL). `raw` is all that the benchmark returned.
     """
 
     output_tok_s: float
-    completed: int
-    failed: int
     output_tokens: list[int]
     ttft_ms: float
     tpot_ms: float
@@ -49,36 +100,19 @@ class BenchResult:
     raw: dict
 
 
+Measure = Callable[[serving.VllmServer, Work], BenchResult]
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "ttft_p99_ms", "itl_p99_ms")
 
 
-def benchmark_flags(output_tokens: int = 500, concurrency: int = 1, prompts: int = 1,
-                    input_tokens: int = 64) -> list[str]:
-    """The flags of `vllm bench serve` that say what work is measured."""
-    return ["--dataset-name", "random", "--random-input-len", str(input_tokens),
-            "--random-output-len", str(output_tokens), "--ignore-eos", "--temperature", "0",
-            "--num-prompts", str(prompts), "--max-concurrency", str(concurrency), "--seed", "0"]
+def compare(arms: dict[str, Checkpoint], profile: Profile, mode: ServingMode,
+            work: list[Work]) -> "pd.DataFrame":
+    """Measure every arm in turn, in an order that alternates from round to round.
 
-
-def run(server: serving.VllmServer, flags: list[str]) -> BenchResult:
-    """One run of the benchmark against a running server.
-
-    Raises `WorkbookError` when it fails, when a request failed, or when one did not return exactly
-    the number of tokens asked for.
-    """
-    with benchmark() as measure:
-        return measure(server, flags)
-
-
-def compare(arms: dict[str, Checkpoint], profile, mode, work: dict[int, list[str]],
-            rounds: int) -> "pd.DataFrame":
-    """Measure every arm `rounds` times, in turn, in an order that alternates.
-
-    `work`: number of streams to the benchmark's flags. A table with one row per round, arm and
-    number of streams: round, arm, streams, kernel, output_tok_s, joules_per_token (of the GPU, the
-    prompt's included; NaN where none reports it) and `LATENCIES`. On a CPU all servers run at once
-    where memory allows, else only the one that is measured: five rounds of two arms take six
-    starts. After a server's start one run of each piece of work is thrown away.
+    A table with one row per round, arm and work: round, arm, streams, prompt_tokens,
+    generated_tokens, kernel, output_tok_s, joules_per_token (of the GPU, the prompt's included; NaN
+    where none reports it) and `LATENCIES`. On a CPU all servers run at once where memory allows,
+    else only the one that is measured: five rounds of two arms take six starts. After a server's
+    start each piece of work is run once and the result thrown away.
     """
     import pandas as pd
     from tqdm.auto import tqdm
@@ -88,19 +122,22 @@ def compare(arms: dict[str, Checkpoint], profile, mode, work: dict[int, list[str
     rows = []
     with contextlib.ExitStack() as everything, benchmark() as measure:
         running: dict[str, serving.VllmServer] = {}
-        for number, arm in tqdm(order(list(arms), rounds), desc="benchmark runs", leave=False):
+        turns = order(list(arms), max(each.rounds for each in work))
+        for number, arm in tqdm(turns, desc="benchmark runs", leave=False):
             if arm not in running:
                 for other in ([] if together else list(running)):
                     running.pop(other).stop()
                 running[arm] = serving.VllmServer(arms[arm], server_flags).start()
                 everything.callback(running[arm].stop)
-                for flags in work.values():
-                    measure(running[arm], flags)
-            for streams, flags in work.items():
+                for each in work:
+                    measure(running[arm], each)
+            for each in (each for each in work if number <= each.rounds):
                 before = hardware.energy_joules()
-                result = measure(running[arm], flags)
+                result = measure(running[arm], each)
                 joules = math.nan if before is None else hardware.energy_joules() - before
-                rows.append({"round": number, "arm": arm, "streams": streams,
+                rows.append({"round": number, "arm": arm, "streams": each.streams,
+                             "prompt_tokens": each.prompt_tokens,
+                             "generated_tokens": each.generated_tokens,
                              "kernel": running[arm].kernel, "output_tok_s": result.output_tok_s,
                              "joules_per_token": joules / sum(result.output_tokens),
                              **{name: getattr(result, name) for name in LATENCIES}})
@@ -112,9 +149,11 @@ def kernel(rounds: "pd.DataFrame", arm: str) -> str:
     return rounds.loc[rounds["arm"] == arm, "kernel"].iloc[0]
 
 
-def summary(rounds: "pd.DataFrame", arm: str, streams: int = 1) -> dict[str, float]:
+def summary(rounds: "pd.DataFrame", arm: str, work: Work) -> dict[str, float]:
     """An arm's medians over the rounds of `compare`, and the range of its throughput."""
-    of_arm = rounds[(rounds["arm"] == arm) & (rounds["streams"] == streams)]
+    same = {"arm": arm, "streams": work.streams, "prompt_tokens": work.prompt_tokens,
+            "generated_tokens": work.generated_tokens}
+    of_arm = rounds[(rounds[list(same)] == list(same.values())).all(axis="columns")]
     medians = of_arm[["output_tok_s", *LATENCIES]].median()
     return {**{name: round(float(value), 3) for name, value in medians.items()},
             "output_tok_s_min": round(float(of_arm["output_tok_s"].min()), 3),
@@ -133,60 +172,72 @@ def _fit_together(arms: dict[str, Checkpoint]) -> bool:
 
 
 @contextlib.contextmanager
-def benchmark() -> Iterator:
-    """A function (server, flags) -> BenchResult, backed by one process of the serving environment.
+def benchmark(*extra: str) -> Iterator[Measure]:
+    """A function (server, work) -> BenchResult, backed by one process of the serving environment.
 
-    What the benchmark prints goes to logs/benchmark.log in the workspace.
+    `extra`: flags of `vllm bench serve` for every run. What the benchmark prints goes to
+    logs/benchmark.log in the workspace. The process knows no proxy and no ~/.netrc: the first would
+    be sent the server's key, and an entry of the second would replace it.
     """
-    logs = workspace.folder("logs")
-    env = {**os.environ, **serving.ENVIRONMENT, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    env = serving.environment() | {"NETRC": os.devnull}
     env.pop("PYTHONPATH", None)
-    with open(logs / "benchmark.log", "a") as log:
+    with _log() as log:
         worker = subprocess.Popen(
             [str(serving.serve_python()), "-m", "helpers.serve_side.bench_worker"], env=env,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+            cwd=workspace.repo(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+            text=True)
     try:
-        yield lambda server, flags: _measure(worker, server, flags)
+        yield lambda server, work: _measure(worker, server, work, extra)
     finally:
-        worker.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # what a dead process was not sent any more
+            worker.stdin.close()
         try:
             worker.wait(timeout=5)
         except subprocess.TimeoutExpired:
             worker.kill()
+            worker.wait()
+        worker.stdout.close()
 
 
-def _measure(worker: subprocess.Popen, server: serving.VllmServer, flags: list[str]) -> BenchResult:
+def _log() -> TextIO:
+    place = workspace.folder("logs") / "benchmark.log"
+    with workspace.writing(place, "Nothing was measured."):
+        return open(place, "a")
+
+
+def _measure(worker: subprocess.Popen, server: serving.VllmServer, work: Work,
+             extra: tuple[str, ...]) -> BenchResult:
     arguments = ["--backend", "openai", "--base-url", server.url, "--endpoint", "/v1/completions",
                  "--model", str(server.model), "--served-model-name", server.model_name,
-                 "--disable-tqdm", "--save-detailed", "--ready-check-timeout-sec", "0", *flags]
+                 "--disable-tqdm", "--save-detailed", "--ready-check-timeout-sec", "0",
+                 *work.flags(), *extra]
     try:
         worker.stdin.write(json.dumps({"arguments": arguments, "key": server.api_key}) + "\n")
         worker.stdin.flush()
         answer = json.loads(worker.stdout.readline() or "{}")
-    except OSError:
+    except (OSError, ValueError):  # it is gone, or went in the middle of its answer
         answer = {}
     if "result" not in answer:
         raise WorkbookError(
             "vLLM's benchmark did not run.",
             f"It says: {answer.get('error', 'nothing; its process died')}.",
             "Correct the flags it names, or read logs/benchmark.log in the workspace.")
-    return _checked(answer["result"], int(flags[flags.index("--num-prompts") + 1]),
-                    int(flags[flags.index("--random-output-len") + 1]))
+    return _checked(answer["result"], work)
 
 
-def _checked(raw: dict, prompts: int, output_tokens: int) -> BenchResult:
+def _checked(raw: dict, work: Work) -> BenchResult:
     """The benchmark's figures, or `WorkbookError` when they are of other work than asked for."""
-    wrong = [n for n in raw["output_lens"] if n != output_tokens]
-    if raw["failed"] or raw["completed"] != prompts or wrong:
+    wrong = [n for n in raw["output_lens"] if n != work.generated_tokens]
+    if raw["failed"] or raw["completed"] != work.streams or wrong:
         said = next((error for error in raw.get("errors", []) if error), "").strip()
         raise WorkbookError(
-            f"{raw['failed']} of {prompts} requests failed, and {len(wrong)} returned another "
-            f"number of tokens than {output_tokens}.",
+            f"{raw['failed']} of {work.streams} requests failed, and {len(wrong)} returned another "
+            f"number of tokens than {work.generated_tokens}.",
             "The run measured other work than was asked for, so its figures are not used. "
             + (said.splitlines()[-1] if said else ""),
-            "See that prompt and output fit --max-model-len, then run it again.")
+            "See that the server is still up, and that prompt and output together fit its "
+            "--max-model-len; then run it again.")
     return BenchResult(
-        output_tok_s=raw["output_throughput"], completed=raw["completed"], failed=raw["failed"],
-        output_tokens=raw["output_lens"], ttft_ms=raw["median_ttft_ms"],
-        tpot_ms=raw["median_tpot_ms"], itl_ms=raw["median_itl_ms"],
+        output_tok_s=raw["output_throughput"], output_tokens=raw["output_lens"],
+        ttft_ms=raw["median_ttft_ms"], tpot_ms=raw["median_tpot_ms"], itl_ms=raw["median_itl_ms"],
         ttft_p99_ms=raw["p99_ttft_ms"], itl_p99_ms=raw["p99_itl_ms"], raw=raw)

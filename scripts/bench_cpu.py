@@ -5,7 +5,7 @@ one stream, eight streams, a prompt of 512 tokens. All arms of a model are up at
 measured in turn, in alternating order, so that a machine that slows down slows all of them.
 Decoding starts from prompts of one token, so that every step is one of decoding; a prompt is
 counted by the time to its first token. The weights of Phi-4's layers are random: the work is the
-same, the words mean nothing.
+same, and the words mean nothing.
 
 Where llama-cpp-python is installed in `.venv`, llama.cpp runs SmolLM2 in Q8_0, made of the same
 GGUF file. Its Python package decodes one stream at a time.
@@ -16,6 +16,7 @@ to the workspace's ledger as experiment "bench-cpu".
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -31,10 +32,10 @@ import transformers
 
 from helpers import (
     checkpoint,
+    cpu_bench,
     hardware,
     hub,
     ledger,
-    ledger_row,
     models,
     plots,
     quantize,
@@ -45,35 +46,39 @@ from helpers import (
     workspace,
 )
 from helpers.checkpoint import Checkpoint
+from helpers.cpu_bench import Arm
 from helpers.serve_side import cpu_kernels
+from helpers.throughput import Work
 
 OUT = workspace.repo() / "build" / "bench-cpu"
-STOCK = "vLLM FP8, stock"
-LLAMA_CPP = "llama.cpp Q8_0"
-ARMS = ("vLLM bf16", "vLLM FP8, W8A16", "vLLM FP8, W8A8", STOCK, "Transformers bf16",
-        LLAMA_CPP)
-PHI4_LAYERS = 4
 MAX_MODEL_LEN = 1024
 # A random model may say nothing but special tokens; the benchmark takes hidden ones for failures.
-SHOWN = ["--extra-body", '{"skip_special_tokens": false}']
+SHOWN = ("--extra-body", '{"skip_special_tokens": false}')
 
 
 @dataclass(frozen=True)
-class Work:
+class Subject:
+    """A model to measure.
+
+    `make`: the checkpoint of its 16-bit weights, written into a folder where there is none yet.
+    `generated`: tokens that each stream generates. `stock`, `llama_cpp`: whether vLLM's own FP8
+    kernel and llama.cpp are measured on it too.
+    """
+
     name: str
-    streams: int
-    prompt: int  # tokens
-    generated: int  # tokens of each stream
-
-    @property
-    def tokens(self) -> int:
-        """What is counted: the prompt where one token is generated, else what is generated."""
-        return self.prompt if self.generated == 1 else self.streams * self.generated
+    make: Callable[[Path], Checkpoint]
+    generated: int
+    stock: bool = False
+    llama_cpp: bool = False
 
 
-def all_work(generated: int) -> list[Work]:
-    return [Work("1 stream", 1, 1, generated), Work("8 streams", 8, 1, generated),
-            Work("prompt of 512", 1, 512, 1)]
+def asked_of(arm: Arm, generated: int, rounds: int) -> list[Work]:
+    """What an arm is measured on."""
+    if arm == cpu_bench.STOCK:  # its loop is slow: one stream of four tokens is all it is asked
+        return [Work(1, 1, 4, rounds)]
+    work = [Work(1, 1, generated, rounds), Work(8, 1, generated, rounds), Work(1, 512, 1, rounds)]
+    # llama.cpp's Python package decodes one stream at a time.
+    return [each for each in work if each.streams == 1 or arm != cpu_bench.LLAMA_CPP]
 
 
 def phi4_slice(place: Path) -> Checkpoint:
@@ -82,7 +87,7 @@ def phi4_slice(place: Path) -> Checkpoint:
             "num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings")
     config = roofline.load_config(workspace.data("phi4"))
     config = transformers.AutoConfig.for_model(
-        **{name: config[name] for name in kept}, num_hidden_layers=PHI4_LAYERS,
+        **{name: config[name] for name in kept}, num_hidden_layers=cpu_bench.PHI4_LAYERS,
         vocab_size=roofline.load_config(workspace.data("tiny_phi4"))["vocab_size"],
         max_position_embeddings=MAX_MODEL_LEN, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     torch.manual_seed(0)
@@ -95,21 +100,21 @@ def phi4_slice(place: Path) -> Checkpoint:
 
 
 def vllm_arms(base: Checkpoint, fp8: Checkpoint,
-              stock: bool) -> dict[str, tuple[Checkpoint, dict[str, str]]]:
-    """Of each arm that is a vLLM server: the checkpoint and what its environment adds."""
-    arms = {"vLLM bf16": (base, {})}
+              stock: bool) -> dict[Arm, tuple[Checkpoint, dict[str, str]]]:
+    """Of each arm that is a vLLM server: the checkpoint, and what is added to its environment."""
+    arms = {cpu_bench.BF16: (base, {})}
     for numerics in cpu_kernels.NUMERICS:
-        arms[f"vLLM FP8, {numerics.upper()}"] = (fp8, {cpu_kernels.VARIABLE: numerics})
-    return arms | ({STOCK: (fp8, {"VLLM_PLUGINS": ""})} if stock else {})
+        arms[Arm("vLLM", "fp8", numerics)] = (fp8, {cpu_kernels.VARIABLE: numerics})
+    return arms | ({cpu_bench.STOCK: (fp8, {"VLLM_PLUGINS": ""})} if stock else {})
 
 
-def server_arm(server: serving.VllmServer, measure: Callable) -> Callable[[Work], float]:
+def server_arm(server: serving.VllmServer, measure: throughput.Measure) -> Callable[[Work], float]:
+    """Tokens/s of a running server, by vLLM's benchmark; a prompt's by the time to its first token.
+    """
     def run(work: Work) -> float:
-        result = measure(server, throughput.benchmark_flags(
-            work.generated, concurrency=work.streams, prompts=work.streams,
-            input_tokens=work.prompt) + SHOWN)
-        if work.generated == 1:
-            return 1000 * work.tokens / result.ttft_ms
+        result = measure(server, work)
+        if work.generated_tokens == 1:
+            return 1000 * work.counted_tokens / result.ttft_ms
         return result.output_tok_s
     return run
 
@@ -122,12 +127,12 @@ def transformers_arm(base: Checkpoint) -> Callable[[Work], float]:
 
     @torch.inference_mode()
     def run(work: Work) -> float:
-        ids = torch.randint(3, 400, (work.streams, work.prompt))
+        ids = torch.randint(3, 400, (work.streams, work.prompt_tokens))
         begun, cache = time.perf_counter(), None
-        for _ in range(work.generated):
+        for _ in range(work.generated_tokens):
             said = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             ids, cache = said.logits[:, -1:].argmax(-1), said.past_key_values
-        return work.tokens / (time.perf_counter() - begun)
+        return work.counted_tokens / (time.perf_counter() - begun)
     return run
 
 
@@ -141,12 +146,12 @@ def llama_cpp_arm(gguf: Path, threads: int) -> Callable[[Work], float]:
 
     def run(work: Work) -> float:
         llama.reset()
-        ids = torch.randint(3, 400, (work.prompt,)).tolist()
+        ids = torch.randint(3, 400, (work.prompt_tokens,)).tolist()
         begun = time.perf_counter()
-        for _ in range(work.generated):
+        for _ in range(work.generated_tokens):
             llama.eval(ids)
             ids = [llama.sample(temp=0.0)]
-        return work.tokens / (time.perf_counter() - begun)
+        return work.counted_tokens / (time.perf_counter() - begun)
     return run
 
 
@@ -166,59 +171,74 @@ def smollm2_in_q8_0(into: Path) -> Path | None:
     return made
 
 
-def bench(name: str, base: Checkpoint, fp8: Checkpoint, generated: int, rounds: int,
-          stock: bool = False, gguf: Path | None = None):
-    """Every round of every arm on one model: columns model, round, arm, kernel, work, tok_s."""
+def bench(subject: Subject, base: Checkpoint, fp8: Checkpoint, rounds: int,
+          gguf: Path | None = None) -> pd.DataFrame:
+    """Every round of every arm on one model, as `measured` returns them."""
     flags = serving.default_flags(models.tiny(), hardware.serving_mode(hardware.detect()))
-    flags[flags.index("--max-model-len") + 1] = str(MAX_MODEL_LEN)
-    flags.append("--no-enable-prefix-caching")  # the benchmark sends the same prompt every time
-    rows = []
+    flags += ["--max-model-len", str(MAX_MODEL_LEN), *throughput.NO_REUSE]  # vLLM takes the last
     with contextlib.ExitStack() as everything:
-        measure = everything.enter_context(throughput.benchmark())
-        arms, kernels = {"Transformers bf16": transformers_arm(base)}, {}
+        measure = everything.enter_context(throughput.benchmark(*SHOWN))
+        arms, kernels = {cpu_bench.TRANSFORMERS: transformers_arm(base)}, {}
         if gguf:
-            arms[LLAMA_CPP] = llama_cpp_arm(gguf, serving.threads(base))
-            kernels[LLAMA_CPP] = "llama.cpp"
-        for arm, (model, env) in vllm_arms(base, fp8, stock).items():
+            arms[cpu_bench.LLAMA_CPP] = llama_cpp_arm(gguf, serving.threads(base))
+            kernels[cpu_bench.LLAMA_CPP] = "llama.cpp"
+        for arm, (model, env) in vllm_arms(base, fp8, subject.stock).items():
             server = everything.enter_context(serving.VllmServer(model, flags, env=env))
             arms[arm], kernels[arm] = server_arm(server, measure), server.kernel
-        for number, arm in throughput.order(list(arms), rounds + 1):
-            # The reference loop is slow: one stream of four tokens is all it is asked.
-            some = [Work("1 stream", 1, 1, 4)] if arm == STOCK else all_work(generated)
-            for work in some:
-                if arm == LLAMA_CPP and work.streams > 1:
-                    continue
-                tok_s = arms[arm](work)
-                if number > 1:  # the first round warms up
-                    rows.append({"model": name, "round": number - 1, "arm": arm,
-                                 "kernel": kernels.get(arm, "unquantized"), "work": work.name,
-                                 "tok_s": tok_s})
+        work = {arm: asked_of(arm, subject.generated, rounds) for arm in arms}
+        table = measured(arms, work)
+    return table.assign(model=subject.name, kernel=table["arm"].map(kernels).fillna("unquantized"))
+
+
+def measured(arms: dict[Arm, Callable[[Work], float]], work: dict[Arm, list[Work]]) -> pd.DataFrame:
+    """Each arm on its work, in turn and in alternating order, after a round that is not counted.
+
+    One row per round, arm and work: round, arm, work, streams, prompt_tokens and tok_s.
+    """
+    rows = []
+    rounds = max(each.rounds for some in work.values() for each in some)
+    for number, arm in throughput.order(list(arms), rounds + 1):
+        for each in work[arm]:
+            tok_s = arms[arm](each)
+            if number > 1:  # the first round warms up
+                rows.append({"round": number - 1, "arm": arm, "work": each,
+                             "streams": each.streams, "prompt_tokens": each.prompt_tokens,
+                             "tok_s": tok_s})
     return pd.DataFrame(rows)
 
 
 def summary(rounds: pd.DataFrame) -> pd.DataFrame:
     """By model, work and arm: median and range of tokens/s, and of the ratio to vLLM's bf16.
 
-    The ratio is taken round by round, between runs that lie next to each other in time.
+    The ratio is taken round by round, between runs that lie next to each other in time. Works are
+    the same to it that have as many streams and prompt tokens, however long they decode.
     """
-    key = ["model", "work", "round"]
-    bf16 = rounds[rounds["arm"] == "vLLM bf16"].set_index(key)["tok_s"]
+    key = ["model", "streams", "prompt_tokens", "round"]
+    bf16 = rounds[rounds["arm"] == cpu_bench.BF16].set_index(key)["tok_s"]
     rounds = rounds.assign(ratio=rounds["tok_s"] / rounds.set_index(key).index.map(bf16))
-    table = rounds.groupby(["model", "work", "arm"], sort=False).agg(
-        kernel=("kernel", "first"), rounds=("round", "count"),
+    table = rounds.groupby(["model", "streams", "prompt_tokens", "arm"], sort=False).agg(
+        work=("work", "first"), kernel=("kernel", "first"),
         tok_s=("tok_s", "median"), tok_s_min=("tok_s", "min"), tok_s_max=("tok_s", "max"),
         ratio=("ratio", "median"), ratio_min=("ratio", "min"), ratio_max=("ratio", "max"))
-    in_order = table.reset_index().sort_values("arm", key=lambda arms: arms.map(ARMS.index))
-    return in_order.sort_values(["model", "work"], kind="stable", ignore_index=True)
+    in_order = table.reset_index().sort_values("arm", key=lambda arms: arms.map(
+        cpu_bench.ARMS.index))
+    return in_order.sort_values(["model", "prompt_tokens", "streams"], kind="stable",
+                                ignore_index=True).drop(columns=["streams", "prompt_tokens"])
+
+
+def in_words(table: pd.DataFrame) -> pd.DataFrame:
+    """`summary`'s table with the names of arms and works, as it is printed and plotted."""
+    return table.assign(arm=[arm.title for arm in table["arm"]],
+                        work=[work.title for work in table["work"]])
 
 
 def record(table: pd.DataFrame, profile: models.Profile) -> None:
+    """Append `summary`'s lines of one model to the workspace's ledger."""
     mode = hardware.serving_mode(hardware.detect())
     for line in table.to_dict("records"):
         ledger.record(
-            "bench-cpu",
-            next(kind for kind in ledger_row.ARMS if kind in line["arm"].lower()),
-            work={"arm": line["arm"], "work": line["work"], "rounds": line["rounds"]},
+            "bench-cpu", line["arm"].format,
+            work=line["arm"].in_ledger() | line["work"].in_ledger(),
             metrics={name: round(line[name], 4) for name in line if name.startswith(
                 ("tok_s", "ratio"))},
             model={"profile": line["model"], "repo": profile.repo, "revision": profile.revision},
@@ -231,30 +251,31 @@ def main() -> None:
     parser.add_argument("--only", help="the model whose name holds this")
     asked = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    makers = {  # name: (how its 16-bit weights are had, tokens generated by each stream)
-        "tiny-phi4": (lambda _: models.tiny().checkpoint, 96),
-        "SmolLM2-135M": (lambda _: hub.obtain(models.SMOLLM2), 48),
-        f"{PHI4_LAYERS} layers of Phi-4, random weights": (phi4_slice, 12)}
+    subjects = [
+        Subject("tiny-phi4", lambda _: models.tiny().checkpoint, 96, stock=True),
+        Subject("SmolLM2-135M", lambda _: hub.obtain(models.SMOLLM2), 48, llama_cpp=True),
+        Subject(cpu_bench.PHI4, phi4_slice, 12)]
     every = []
-    for number, (name, (make, generated)) in enumerate(makers.items()):
-        if asked.only and asked.only not in name:
+    for number, subject in enumerate(subjects):
+        if asked.only and asked.only not in subject.name:
             continue
         scratch = workspace.root() / "bench-cpu" / str(number)
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         try:
-            base = make(scratch / "model")
+            base = subject.make(scratch / "model")
             fp8 = quantize.save(quantize.quantized(base), base, scratch / "model-fp8")
-            every.append(bench(name, base, fp8, generated, asked.rounds, stock=number == 0,
-                               gguf=smollm2_in_q8_0(scratch) if number == 1 else None))
+            every.append(bench(subject, base, fp8, asked.rounds,
+                               smollm2_in_q8_0(scratch) if subject.llama_cpp else None))
             record(summary(every[-1]), models.directory_profile(base))
         finally:
             shutil.rmtree(scratch)
-        print(summary(every[-1]).round(2).to_string(index=False), flush=True)
+        print(in_words(summary(every[-1])).round(2).to_string(index=False), flush=True)
     rounds = pd.concat(every)
-    table = summary(rounds)
+    table = in_words(summary(rounds))
     bandwidth = roofline.read_bandwidth(hardware.detect())
-    (OUT / "rounds.json").write_text(json.dumps(rounds.to_dict("records")))
+    (OUT / "rounds.json").write_text(json.dumps(
+        rounds.to_dict("records"), default=dataclasses.asdict))
     (OUT / "table.md").write_text(table.round(3).to_markdown(index=False) + "\n\n"
                                   f"Memory read at {bandwidth.bytes_per_s / 1e9:.1f} GB/s.\n")
     plots.bench_cpu(table).savefig(OUT / "ratios.png", dpi=110)

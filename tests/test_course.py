@@ -5,7 +5,15 @@ import json
 import pytest
 from conftest import REPO
 
-from helpers import WorkbookError, course, hardware, ledger, models, streaming
+from helpers import (
+    WorkbookError,
+    course,
+    hardware,
+    ledger,
+    models,
+    streaming,
+    throughput,
+)
 
 
 def test_without_a_gpu_the_bundled_model_is_chosen(monkeypatch):
@@ -68,6 +76,34 @@ def test_nothing_is_measured_again_when_the_ledger_has_it(
     assert len(ledger.read()) == 4
 
 
+def test_notebook_07_can_be_the_first_that_is_opened(tmp_workspace, monkeypatch):
+    """Its own cells in an empty workspace: they make the checkpoint, serve, score and time it."""
+    monkeypatch.setenv(models.VARIABLE, "tiny-phi4")
+    monkeypatch.setattr(course, "GSM8K_ROWS", 4)
+    monkeypatch.setattr(course, "DECODING", throughput.Work(generated_tokens=8, rounds=2))
+    cells = json.loads((REPO / "notebooks" / "07_report_and_publish.ipynb").read_text())["cells"]
+    space = {"display": print}
+    for cell in cells[:next(n for n, cell in enumerate(cells) if cell["id"] == "07-10")]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), space)  # noqa: S102
+    rows = {(row["experiment"], row["arm"]): row for row in ledger.read()}
+    assert set(rows) == {(what, arm) for what in ("gsm8k", "throughput") for arm in ("bf16", "fp8")}
+    made = {"bf16": space["phi4"].base(), "fp8": space["phi4"].fp8()}
+    for (what, arm), row in rows.items():
+        assert row["checkpoint"] == made[arm].fingerprint
+        assert (row["kernel"] == "unquantized") == (arm == "bf16")
+        if what == "gsm8k":
+            assert (row["work"]["task"], row["work"]["limit"]) == ("tiny_gsm8k", 4)
+            assert row["metrics"]["strict-match"] in (0, 0.25, 0.5, 0.75, 1)
+        else:
+            assert row["work"] == course.DECODING.in_ledger()
+            assert 0 < row["metrics"]["output_tok_s_min"] <= row["metrics"]["output_tok_s"]
+    assert {"lost", "gained"} <= rows["gsm8k", "fp8"]["metrics"].keys()
+    shown = space["report"].measured_beside_published(profile="tiny-phi4")
+    assert shown["measured"].str.contains("tiny-phi4 on 4 rows of tiny_gsm8k").any()
+    assert "tiny_gsm8k, 4, 5" in space["mine"].text  # the model card
+
+
 @pytest.fixture
 def fp8_alone(monkeypatch, tmp_workspace, tiny_fp8):
     """The bundled model as Phi-4 is to a 24 GB card: FP8 fits and bf16 does not."""
@@ -108,9 +144,9 @@ def test_where_fp8_is_alone_its_rows_are_all_the_ledger_needs(fp8_alone, tiny_fp
 def test_where_fp8_is_alone_only_it_is_measured(fp8_alone, monkeypatch, capsys):
     served = []
     monkeypatch.setattr(fp8_alone.__class__, "_measure_throughput",
-                        lambda self, arms: served.extend(arms))
-    monkeypatch.setattr(fp8_alone.__class__, "measure_gsm8k",
                         lambda self: served.extend(self.arms()))
+    monkeypatch.setattr(fp8_alone.__class__, "measure_gsm8k",
+                        lambda self, limit: served.extend(self.arms()))
     fp8_alone.measure_what_is_missing()
     assert served == ["fp8", "fp8"]
 

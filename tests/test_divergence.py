@@ -113,3 +113,11 @@ def test_first_divergence_by_hand():
 def test_readings_of_different_texts_are_not_compared():
     with pytest.raises(ValueError, match="different texts"):
         divergence.compare(reading_of([[1.0]], "a"), reading_of([[1.0], [1.0]], "b"))
+
+
+def test_answers_without_a_token_diverge_nowhere():
+    empty = divergence.Reading("a", [[], []], [[], []], -1, {})
+    tokens = divergence.compare(empty, empty)
+    found = divergence.summary(tokens)
+    assert found["tokens"] == found["texts_diverging"] == 0
+    assert np.isnan(found["kl_mean"]) and np.isnan(found["top1_agreement"])

@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ import lm_eval
 import pytest
 from conftest import REPO
 
-from helpers import WorkbookError, evaluation, models
+from helpers import WorkbookError, answers, evaluation, gsm8k, models
 
 OFFICIAL = REPO / "data" / "gsm8k_sample"
 TINY = SimpleNamespace(task="tiny_gsm8k")
@@ -102,9 +102,10 @@ def test_only_the_place_of_the_data_is_replaced(tmp_path, monkeypatch):
     from lm_eval.tasks._yaml_loader import load_yaml
 
     for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text("{}")
+        (tmp_path / f"{split}.jsonl").write_text(
+            json.dumps({"question": "1 + 1?", "answer": "2\n#### 2"}) + "\n")
     monkeypatch.setenv("PHI4_FP8_GSM8K", str(tmp_path))
-    ours, _ = evaluation.task(REAL)
+    ours, _ = gsm8k.task(REAL)
     plain = load_yaml(Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml")
     location = {"dataset_path", "dataset_name", "dataset_kwargs"}
     assert {k: v for k, v in ours.items() if k not in location} == {
@@ -114,7 +115,7 @@ def test_only_the_place_of_the_data_is_replaced(tmp_path, monkeypatch):
 
 def test_gsm8k_is_lm_evals_own_without_the_variable(monkeypatch):
     monkeypatch.delenv("PHI4_FP8_GSM8K", raising=False)
-    name, manager = evaluation.task(REAL)
+    name, manager = gsm8k.task(REAL)
     assert name == "gsm8k" and "gsm8k" in manager.all_tasks
 
 
@@ -122,39 +123,40 @@ def test_a_directory_without_the_problems_is_refused(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text("{}")
     monkeypatch.setenv("PHI4_FP8_GSM8K", str(tmp_path))
     with pytest.raises(WorkbookError, match="test.jsonl cannot be found"):
-        evaluation.task(REAL)
+        gsm8k.task(REAL)
 
 
 def test_a_missing_task_definition_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation.workspace, "data", lambda *parts: tmp_path.joinpath(*parts))
+    monkeypatch.setattr(gsm8k.workspace, "data", lambda *parts: tmp_path.joinpath(*parts))
     with pytest.raises(WorkbookError, match="no task definition"):
-        evaluation.task(TINY)
+        gsm8k.task(TINY)
 
 
 # The arguments
 
 
 def test_the_arguments_are_the_cards_protocol(idle, tmp_workspace):
-    arguments = evaluation.lm_eval_arguments(idle, TINY)
+    arguments = evaluation.lm_eval_arguments(idle, TINY, "bf16")
     assert (arguments["num_fewshot"], arguments["limit"]) == (5, 100)
-    assert arguments["model_args"]["max_gen_toks"] == 256
-    assert not arguments["model_args"]["add_bos_token"] and not arguments["apply_chat_template"]
+    asked = arguments["model"].arguments
+    assert asked["max_gen_toks"] == arguments["model"]._max_gen_toks == 256
+    assert not asked["add_bos_token"] and not arguments["apply_chat_template"]
 
 
 def test_no_key_in_the_arguments_and_nothing_of_this_machine_on_the_page(
         idle, tmp_workspace, capsys):
-    arguments = evaluation.lm_eval_arguments(idle, TINY)
-    assert idle.api_key not in repr(arguments)
+    arguments = evaluation.lm_eval_arguments(idle, TINY, "bf16")
+    assert idle.api_key not in repr(arguments) + repr(arguments["model"].arguments)
     evaluation.show(arguments)
     shown = capsys.readouterr().out
-    assert "num_fewshot=5" in shown and "PORT" in shown
+    assert "num_fewshot=5" in shown and "PORT" in shown and "max_gen_toks=256" in shown
     for private in (str(REPO), str(tmp_workspace), ":9/"):
         assert private not in shown
 
 
 def test_unfinished_answers_are_kept_by_what_they_depend_on(idle, tmp_workspace):
     def place(server=idle, **protocol):
-        return evaluation.lm_eval_arguments(server, TINY, **protocol)["use_cache"]
+        return evaluation.lm_eval_arguments(server, TINY, "bf16", **protocol)["use_cache"]
 
     assert place() == place(limit=1319) == place(concurrency=2)
     other_kernel = SimpleNamespace(**{**vars(idle), "kernel": "MarlinFP8ScaledMMLinearKernel"})
@@ -187,12 +189,12 @@ def test_the_rows_are_the_first_of_the_test_set_with_five_shots(score):
         questions = [json.loads(next(lines))["question"] for _ in range(ROWS)]
     assert [item["question"] for item in score.samples] == questions
     for item in score.samples:
-        assert item["prompt"].count("Question: ") == 6
+        assert item["prompt"].count("Question: ") == 6 and item["response"].strip()
         assert item["prompt"].endswith(f"Question: {item['question']}\nAnswer:")
 
 
 def test_the_table_has_the_model_cards_form(score, capsys):
-    evaluation.print_table(score)
+    answers.print_table(score)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "bf16:"
     head, rule, flexible, strict = (re.split(r"\s*\|\s*", line) for line in lines[2:6])
@@ -206,10 +208,9 @@ def test_the_table_has_the_model_cards_form(score, capsys):
 
 
 def test_the_items_are_kept(score, bf16_server, module_workspace):
-    assert evaluation.load("tiny_gsm8k", "bf16") == score
     saved = Path(os.environ["PHI4_FP8_WORKSPACE"]) / "results" / "tiny_gsm8k-bf16.json"
     assert bf16_server.api_key not in saved.read_text()
-    assert evaluation.load("tiny_gsm8k", "fp8") is None
+    assert json.loads(saved.read_text()) == json.loads(json.dumps(asdict(score)))
 
 
 def test_a_finished_evaluation_leaves_no_cache_and_no_key(score, module_workspace):
@@ -257,18 +258,18 @@ def test_flips_are_the_items_off_the_diagonal(score):
     for item in changed[:3]:
         item["exact_match"]["strict-match"] ^= 1
     other = replace(score, arm="fp8", samples=changed)
-    found = evaluation.flips(score, other)
+    found = answers.flips(score, other)
     assert found["doc_id"].tolist() == [item["doc_id"] for item in changed[:3]]
     assert found["change"].tolist() == [
         "lost" if right else "gained" for right in evaluation.correct(score)[:3]]
-    assert evaluation.flips(score, score).empty
+    assert answers.flips(score, score).empty
 
 
 def test_side_by_side_marks_the_words_that_differ(score):
     item = score.samples[0]
     one = replace(score, samples=[dict(item, response=" 3 + 4 = 7 <b>\n#### 7")])
     other = replace(score, arm="fp8", samples=[dict(item, response=" 3 + 4 = 8 <b>\n#### 8")])
-    page = evaluation.side_by_side(one, other, item["doc_id"]).data
+    page = answers.side_by_side(one, other, item["doc_id"]).data
     assert "3 + 4 = <mark>7</mark> &lt;b&gt;\n#### <mark>7</mark>" in page
     assert "3 + 4 = <mark>8</mark> &lt;b&gt;\n#### <mark>8</mark>" in page
 

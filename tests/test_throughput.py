@@ -1,18 +1,31 @@
 """vLLM's benchmark against what the server itself counted, and the runs that must not count."""
 
+import contextlib
+import math
 import re
 import urllib.request
-from pathlib import Path
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
-from helpers import WorkbookError, throughput
+from helpers import WorkbookError, hardware, models, throughput
+from helpers.headers import TensorInfo
+from helpers.throughput import Work
 
 
 @pytest.fixture(autouse=True)
 def own_logs(tmp_workspace):
     """The benchmark's log goes to a workspace of the test's own."""
+
+
+@pytest.fixture(scope="module")
+def measure(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PHI4_FP8_WORKSPACE", str(tmp_path_factory.mktemp("benchmark")))
+        with throughput.benchmark() as measure:
+            yield measure
 
 
 def counted(server, name: str) -> float:
@@ -23,33 +36,54 @@ def counted(server, name: str) -> float:
     return sum(float(n) for n in re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", text, re.M))
 
 
-def test_the_tokens_that_were_asked_for_were_generated(fp8_server):
-    counters = ("generation_tokens_total", "e2e_request_latency_seconds_sum")
-    before = [counted(fp8_server, name) for name in counters]
-    flags = throughput.benchmark_flags(output_tokens=40, prompts=3, input_tokens=16)
-    result = throughput.run(fp8_server, flags)
+def test_the_flags_say_what_the_work_is():
+    flags = Work(streams=4, prompt_tokens=16, generated_tokens=40).flags()
+    asked = dict(zip(flags, flags[1:], strict=False))
+    assert (asked["--num-prompts"], asked["--max-concurrency"]) == ("4", "4")
+    assert (asked["--random-input-len"], asked["--random-output-len"]) == ("16", "40")
+    assert "--ignore-eos" in flags
+    assert flags == Work(4, 16, 40, rounds=9).flags()  # the rounds are not the benchmark's affair
+
+
+def test_the_ledger_has_every_number_of_the_work():
+    assert Work(4, 16, 40, 3).in_ledger() == {
+        "concurrency": 4, "input_tokens": 16, "output_tokens": 40, "rounds": 3}
+
+
+@pytest.mark.parametrize("work, title, tokens", [
+    (Work(), "1 stream", 500), (Work(8, 1, 12), "8 streams", 96),
+    (Work(1, 512, 1), "prompt of 512", 512)])
+def test_a_work_has_a_name_and_the_tokens_that_its_speed_counts(work, title, tokens):
+    assert (work.title, work.counted_tokens) == (title, tokens)
+
+
+def test_the_tokens_that_were_asked_for_were_generated(fp8_server, measure):
+    before = counted(fp8_server, "generation_tokens_total")
+    result = measure(fp8_server, Work(streams=3, prompt_tokens=16, generated_tokens=40))
     assert result.output_tokens == [40, 40, 40]
-    assert (result.completed, result.failed) == (3, 0)
-    tokens, seconds = (counted(fp8_server, name) - was
-                       for name, was in zip(counters, before, strict=True))
-    assert tokens == 120
+    assert counted(fp8_server, "generation_tokens_total") - before == 120
     assert result.output_tok_s == pytest.approx(120 / result.raw["duration"])
-    # One stream: from sending a request to its last token passes no less than the server needs for
-    # it, and one request follows the other.
-    spent = sum(result.raw["ttfts"]) + sum(map(sum, result.raw["itls"]))
-    assert 0 < seconds <= spent <= result.raw["duration"]
     assert result.ttft_ms == pytest.approx(1000 * sorted(result.raw["ttfts"])[1])
 
 
-def test_a_request_that_cannot_be_answered_does_not_count(fp8_server):
-    flags = throughput.benchmark_flags(output_tokens=5000, prompts=1)
+def test_one_streams_times_to_its_tokens_fill_the_run(fp8_server, measure):
+    before = counted(fp8_server, "e2e_request_latency_seconds_sum")
+    raw = measure(fp8_server, Work(prompt_tokens=16, generated_tokens=120)).raw
+    served = counted(fp8_server, "e2e_request_latency_seconds_sum") - before
+    # From sending the request to its last token passes no less than the server needs for it.
+    spent = sum(raw["ttfts"]) + sum(map(sum, raw["itls"]))
+    assert 0 < served <= spent <= raw["duration"]
+
+
+def test_a_request_that_cannot_be_answered_does_not_count(fp8_server, measure):
     with pytest.raises(WorkbookError, match="requests failed|another number of tokens"):
-        throughput.run(fp8_server, flags)
+        measure(fp8_server, Work(generated_tokens=5000))
 
 
 def test_a_flag_that_the_benchmark_does_not_know(fp8_server):
-    with pytest.raises(WorkbookError, match="did not run"):
-        throughput.run(fp8_server, [*throughput.benchmark_flags(prompts=1), "--no-such-flag"])
+    with (throughput.benchmark("--no-such-flag") as measure,
+          pytest.raises(WorkbookError, match="did not run")):
+        measure(fp8_server, Work())
 
 
 @pytest.mark.parametrize("change", [{"failed": 1}, {"completed": 1}, {"output_lens": [500, 499]}])
@@ -57,9 +91,87 @@ def test_other_work_than_asked_for_is_refused(change):
     raw = {"failed": 0, "completed": 2, "output_lens": [500, 500], "errors": ["", ""],
            "output_throughput": 100.0, "median_ttft_ms": 5.0, "median_tpot_ms": 9.0,
            "median_itl_ms": 9.0, "p99_ttft_ms": 6.0, "p99_itl_ms": 12.0}
-    assert throughput._checked(raw, 2, 500).output_tok_s == 100.0
+    assert throughput._checked(raw, Work(streams=2)).output_tok_s == 100.0
     with pytest.raises(WorkbookError, match="measured other work"):
-        throughput._checked({**raw, **change}, 2, 500)
+        throughput._checked({**raw, **change}, Work(streams=2))
+
+
+# Comparing arms
+
+ONE, BUSY = Work(generated_tokens=500, rounds=3), Work(streams=8, generated_tokens=128, rounds=2)
+CPU, GPU = SimpleNamespace(device="cpu", key=""), SimpleNamespace(device="cuda", key="")
+
+
+@pytest.fixture
+def happenings(monkeypatch):
+    """`compare` with servers and a benchmark that do nothing but note, in order, what is asked.
+
+    The energy counter adds up 7 J a run.
+    """
+    noted, energy = [], [0]
+
+    class Server:
+        def __init__(self, model, flags):
+            self.model, self.flags, self.kernel = model, flags, f"kernel of {model}"
+
+        def start(self):
+            assert throughput.NO_REUSE[0] in self.flags
+            noted.append(("start", self.model))
+            return self
+
+        def stop(self):
+            noted.append(("stop", self.model))
+
+    @contextlib.contextmanager
+    def benchmark():
+        def measure(server, work):
+            noted.append((server.model, work))
+            energy[0] += 7
+            speed = float(len(noted))
+            return throughput.BenchResult(
+                speed, [work.generated_tokens] * work.streams, 1, 2, 3, 4, 5, {})
+        yield measure
+
+    monkeypatch.setattr(throughput.serving, "VllmServer", Server)
+    monkeypatch.setattr(throughput, "benchmark", benchmark)
+    monkeypatch.setattr(hardware, "energy_joules", lambda: energy[0])
+    return noted
+
+
+def test_every_round_measures_every_arm_after_a_warm_up_that_is_not_counted(
+        happenings, monkeypatch):
+    monkeypatch.setattr(throughput, "_fit_together", lambda arms: True)
+    rounds = throughput.compare({"bf16": "B", "fp8": "F"}, models.tiny(), CPU, [ONE, BUSY])
+    warm_up = [("start", "B"), ("B", ONE), ("B", BUSY)], [("start", "F"), ("F", ONE), ("F", BUSY)]
+    assert happenings == [
+        *warm_up[0], ("B", ONE), ("B", BUSY), *warm_up[1], ("F", ONE), ("F", BUSY),
+        ("F", ONE), ("F", BUSY), ("B", ONE), ("B", BUSY),
+        ("B", ONE), ("F", ONE),  # the busy work has two rounds
+        ("stop", "F"), ("stop", "B")]
+    assert list(zip(rounds["round"], rounds["arm"], rounds["streams"], strict=True)) == [
+        (1, "bf16", 1), (1, "bf16", 8), (1, "fp8", 1), (1, "fp8", 8),
+        (2, "fp8", 1), (2, "fp8", 8), (2, "bf16", 1), (2, "bf16", 8),
+        (3, "bf16", 1), (3, "fp8", 1)]
+    # What each run returned stands in its own row: the fourth thing noted is round 1's first run.
+    assert rounds["output_tok_s"].tolist() == [4, 5, 9, 10, 11, 12, 13, 14, 15, 16]
+    assert rounds["kernel"].tolist()[:3] == ["kernel of B", "kernel of B", "kernel of F"]
+    assert rounds["joules_per_token"].tolist()[:2] == [7 / 500, 7 / (8 * 128)]
+
+
+def test_on_a_gpu_only_the_server_that_is_measured_is_up(happenings, monkeypatch):
+    monkeypatch.setattr(hardware, "energy_joules", lambda: None)
+    rounds = throughput.compare({"bf16": "B", "fp8": "F"}, models.tiny(), GPU, [ONE])
+    up = set()
+    for what, which in happenings:
+        if what == "start":
+            assert not up
+            up.add(which)
+        elif what == "stop":
+            up.discard(which)
+        else:
+            assert up == {what}
+    assert [model for what, model in happenings if what == "start"] == ["B", "F", "B", "F"]
+    assert len(rounds) == 6 and math.isnan(rounds["joules_per_token"][0])
 
 
 def test_the_arms_take_turns_in_going_first():
@@ -73,23 +185,22 @@ def test_the_arms_take_turns_in_going_first():
 
 def test_the_summary_holds_medians_and_the_range():
     rounds = pd.DataFrame({"round": [1, 2, 3] * 2, "arm": ["fp8"] * 3 + ["bf16"] * 3,
-                           "streams": [1] * 6, "kernel": ["K"] * 3 + ["unquantized"] * 3,
+                           "streams": [1] * 6, "prompt_tokens": [64] * 6,
+                           "generated_tokens": [500] * 6, "kernel": ["K"] * 3 + ["unquantized"] * 3,
                            "output_tok_s": [10.0, 30.0, 20.0, 1.0, 2.0, 3.0],
                            "ttft_ms": [1.0] * 6, "tpot_ms": [5.0, 4.0, 9.0] * 2,
                            "itl_ms": [2.0] * 6, "ttft_p99_ms": [3.0] * 6,
                            "itl_p99_ms": [4.0] * 6})
-    busier = rounds.assign(streams=8, output_tok_s=99.0)
-    rounds = pd.concat([rounds, busier])
-    figures = throughput.summary(rounds, "fp8")
+    others = [rounds.assign(**{what: 8}, output_tok_s=99.0)
+              for what in ("streams", "prompt_tokens", "generated_tokens")]
+    rounds = pd.concat([rounds, *others])
+    figures = throughput.summary(rounds, "fp8", Work())
     assert figures["output_tok_s"] == 20 and figures["tpot_ms"] == 5
     assert (figures["output_tok_s_min"], figures["output_tok_s_max"]) == (10, 30)
     assert throughput.kernel(rounds, "bf16") == "unquantized"
 
 
-def test_two_models_too_large_for_memory_are_not_served_together(tmp_path):
-    big = tmp_path / "model.safetensors"
-    big.touch()
-    assert throughput._fit_together({"bf16": Path(tmp_path)})
-    with open(big, "wb") as file:
-        file.truncate(2**43)  # sparse: 9 TB that take no disk
-    assert not throughput._fit_together({"bf16": Path(tmp_path)})
+def test_two_models_too_large_for_memory_are_not_served_together(tiny_base):
+    assert throughput._fit_together({"bf16": tiny_base, "fp8": tiny_base})
+    huge = replace(tiny_base, tensors=(TensorInfo("weight", "BF16", (2**21, 2**21), 2**43),))
+    assert not throughput._fit_together({"bf16": tiny_base, "fp8": huge})
