@@ -106,7 +106,7 @@ def tried(kind: Kind, path: str, workspace: str) -> list[str]:
 
 def answer() -> int:
     """Serve the bundled model's FP8 checkpoint, answer a question, and print JSON on one line."""
-    profile = models.PROFILES["tiny-phi4"]
+    profile = models.tiny()
     mode = hardware.serving_mode(hardware.detect())
     fp8 = quantize.fp8_checkpoint(profile, hub.obtain(profile))
     try:
