@@ -8,6 +8,7 @@ from conftest import REPO
 from helpers import (
     WorkbookError,
     course,
+    cpu,
     hardware,
     ledger,
     models,
@@ -37,7 +38,7 @@ GPU = hardware.Gpu(0, "NVIDIA A40", 48 * 10**9, (8, 6), "580")
 def test_the_first_output_says_in_words_what_machine_mode_and_model_are(
     gpus, profile, says, says_not
 ):
-    machine = hardware.Machine(gpus, "CPU", 8, frozenset({"amx_bf16"}), 64 * 2**30, 0, "", "", "")
+    machine = hardware.Machine(gpus, "CPU", 8, cpu.PACKED_FEATURES, 64 * 2**30, 0, "", "", "")
     opened = course.Course(machine, hardware.serving_mode(machine), profile)
     words = " ".join(repr(opened).split())
     assert all(phrase in words for phrase in says) and says_not not in words
