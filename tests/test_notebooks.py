@@ -1,6 +1,8 @@
 """The committed notebooks: their form, and outputs that belong to their sources. Nothing is run."""
 
 import ast
+import importlib
+import inspect
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -59,6 +61,24 @@ def test_links_to_other_notebooks_lead_somewhere(nb):
     for cell in nb.cells:
         for name in re.findall(r"\]\((\w+)\.ipynb", cell.source):
             assert name in NAMES
+
+
+def test_every_name_of_a_helper_is_there(nb):
+    """A helper that lost a function must not be noticed by the reader of the seventh notebook."""
+    source = "\n".join(line for cell in code_cells(nb) for line in cell.source.splitlines()
+                       if not line.lstrip().startswith(("%", "!")))
+    modules, tree = {}, ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "helpers":
+            found = importlib.import_module(node.module)
+            for name in node.names:
+                if not hasattr(found, name.name):
+                    importlib.import_module(f"{node.module}.{name.name}")
+                modules[name.asname or name.name] = getattr(found, name.name)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = modules.get(node.value.id)
+            assert not inspect.ismodule(module) or hasattr(module, node.attr), ast.unparse(node)
 
 
 def test_committed_with_the_outputs_of_one_clean_run(nb):

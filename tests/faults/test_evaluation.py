@@ -68,9 +68,9 @@ def test_an_evaluation_keeps_its_key_beside_a_netrc(tmp_path, monkeypatch, happe
 @pytest.mark.fault("a request that vLLM refuses during an evaluation")
 def test_a_refused_request_is_said_at_once(happened):
     refusal = json.dumps({"error": {"message": "maximum context length is 512"}}).encode()
-    with stand_in.vllm(lambda request: (400, refusal)) as server:
-        with pytest.raises(WorkbookError, match="refused a request \\(HTTP 400\\)") as said:
-            evaluation.run(server, TINY, "bf16", limit=2, concurrency=1)
+    with (stand_in.vllm(lambda request: (400, refusal)) as server,
+          pytest.raises(WorkbookError, match="refused a request \\(HTTP 400\\)") as said):
+        evaluation.run(server, TINY, "bf16", limit=2, concurrency=1)
     assert "maximum context length is 512" in said.value.meaning
     # The second row may have been on its way; what was refused is not asked again.
     prompts = [str(json.loads(request.body)["prompt"]) for request in server.asked]
@@ -133,7 +133,7 @@ with stand_in.vllm(answer) as server:
 @pytest.mark.fault("Ctrl-C while the server is silent")
 def test_an_interrupted_evaluation_stops_at_once_and_keeps_its_answers(happened):
     child = subprocess.run([sys.executable, "-c", STOPPED], cwd=workspace.repo() / "tests",
-                           capture_output=True, text=True, timeout=500,  # a server is silent for 600 s
+                           capture_output=True, text=True, timeout=500,  # it is silent for 600 s
                            env={**os.environ, "PYTHONPATH": str(workspace.repo())})
     assert "STOPPED" in child.stdout, child.stderr
     assert "stopped after 2 of 6 answers" in child.stdout
