@@ -36,7 +36,7 @@ lab: setup  ## open the notebooks in JupyterLab
 	@.venv/bin/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks \
 		$(if $(filter 0,$(shell id -u)),--allow-root)
 
-run: setup  ## run every notebook in order; ONLY=05 runs one
+run: setup  ## run every notebook in order; ONLY=06 runs one
 	@.venv/bin/python scripts/run_notebooks.py run $(ONLY)
 
 ## For an instructor

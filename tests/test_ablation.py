@@ -178,9 +178,9 @@ def test_problems_are_solved_as_transformers_answers_them_one_by_one(tiny_base):
 
 
 @pytest.mark.parametrize("nbytes, expected", [(7_000_000, "own"), (29_319_014_400, "tiny-phi4")])
-def test_notebook_03_takes_the_bundled_model_for_one_too_large_for_float32(nbytes, expected):
+def test_notebook_04_takes_the_bundled_model_for_one_too_large_for_float32(nbytes, expected):
     """The cell itself, with a course whose model is small and one whose model is Phi-4's size."""
-    nb = nbformat.read(workspace.repo() / "notebooks" / "03_inspect_the_scales.ipynb", 4)
+    nb = nbformat.read(workspace.repo() / "notebooks" / "04_what_fp8_costs.ipynb", 4)
     cell = next(cell.source for cell in nb.cells if "small = phi4.profile" in cell.source)
     tiny = models.tiny()
     profile = dataclasses.replace(tiny, name="own", bf16_bytes=nbytes)

@@ -12,8 +12,9 @@ from notebook_outputs import PROGRESS, STAMP, code_cells, sources_sha256
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 NAMES = ("00_start_here", "01_load_phi4", "02_quantize_to_fp8", "03_inspect_the_scales",
-         "04_serve_with_vllm", "05_reproduce_gsm8k", "06_reproduce_throughput",
-         "07_report_and_publish")
+         "04_what_fp8_costs", "05_serve_with_vllm", "06_reproduce_gsm8k",
+         "07_reproduce_throughput", "08_choose_a_scheme", "09_report_and_publish",
+         "a1_fp8_on_a_cpu")
 # A path into some machine: a folder that systems have at their root, and something in it.
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(root|home|work|tmp|usr|opt|var|mnt|Users|etc)/\w")
 PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]+")

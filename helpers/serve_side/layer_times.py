@@ -1,4 +1,4 @@
-"""One FP8 layer timed with each kernel that vLLM has for it on this CPU: what notebook 04 shows."""
+"""One FP8 layer timed with each kernel that vLLM has for it on this CPU: what the appendix shows."""
 
 import os
 
