@@ -14,7 +14,7 @@ export HOME := $(shell if [ -d "$$HOME" ] && [ -w "$$HOME" ]; then echo "$$HOME"
 
 .DEFAULT_GOAL := help
 .PHONY: help setup preflight run lab test test-faults test-smollm2 test-browser test-gpu test-isa lint \
-	notebooks full-size bench-cpu lock clean
+	notebooks full-size bench-cpu measure-formats lock clean
 
 # A line "## group" heads the targets below it, and "target: ... ## words" describes one.
 help:
@@ -52,6 +52,10 @@ test-gpu: setup  ## what only a GPU can show; each says why where it cannot run
 
 bench-cpu: setup  ## FP8 on this CPU beside bf16 and others, on three models (16 minutes)
 	@PYTHONPATH=. .venv/bin/python scripts/bench_cpu.py
+
+measure-formats: setup  ## what each number format costs two models, and short sums (half an hour)
+	@PYTHONPATH=. .venv/bin/python scripts/measure_formats.py
+	@PYTHONPATH=. .venv/bin/python scripts/measure_accumulation.py
 
 full-size: setup  ## quantize a random checkpoint of Phi-4's size (45 GB of disk), and time it
 	@PYTHONPATH=. .venv/bin/python scripts/full_size.py

@@ -116,7 +116,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[Tensor
 
 
 @contextlib.contextmanager
-def _threads(model: PreTrainedModel) -> Iterator[None]:
+def threads(model: PreTrainedModel) -> Iterator[None]:
     """Compute with a small model on one thread, because a second one is woken too late to help.
 
     On two cores shared with other work, 100 answers of the bundled model took 2.9 s of processor
@@ -162,7 +162,7 @@ def applied(model: PreTrainedModel, modules: list[str], weight: Callable | None 
     finally:
         for hook in hooks:
             hook.remove()
-        for name, tensor in kept.items():
+        for name, tensor in reversed(kept.items()):  # tied weights share one Parameter
             model.get_submodule(name).weight.data = tensor
 
 
@@ -220,7 +220,7 @@ def outputs(model: PreTrainedModel, texts: list[Tensor]) -> tuple[list[Tensor], 
             (out[0] if isinstance(out, tuple) else out).flatten(0, -2)))
         for layer, place in zip(model.model.layers, seen, strict=True)]
     try:
-        with torch.no_grad(), _threads(model):
+        with torch.no_grad(), threads(model):
             logits = torch.cat([model(ids).logits[0] for ids in texts])
     finally:
         for hook in hooks:
@@ -309,7 +309,7 @@ def solved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: lis
             [[{"role": "user", "content": rows[i]["question"]}] for i in part], padding=True,
             tokenizer_kwargs={"padding_side": "left"}, add_generation_prompt=True,
             return_tensors="pt", return_dict=True)
-        with torch.inference_mode(), _threads(model):
+        with torch.inference_mode(), threads(model):
             made = model.generate(**given, max_new_tokens=max_new_tokens, do_sample=False)
         words = tokenizer.batch_decode(made[:, given["input_ids"].shape[1]:])
         for i, text in zip(part, words, strict=True):
