@@ -144,7 +144,7 @@ class _OurRequests:
 
     def _unanswered(self, error: RequestException, answered: int, asked: int) -> WorkbookError:
         return WorkbookError(
-            f"The {self._label} server did not answer: {_reason(error)}.",
+            f"The {self._label} server did not answer a request: {_reason(error)}.",
             f"{answered} of {asked} answers had arrived, and they are kept. "
             f"{server_log.explain(self._server.log())[0]}",
             "Start the server again and run this cell again: only the missing rows are asked for. "

@@ -99,6 +99,8 @@ def tried(kind: Kind, path: str, workspace: str) -> list[str]:
         build, said = found["build"], f"{found['kernel']}: {found['text']!r}"
         if build != f"{kind.build}.abi3.so":
             said = f"FAILED: {kind.build} was expected"
+        elif "####" not in found["text"]:  # which every answer that the model was taught ends with
+            said = f"FAILED: {found['text']!r} is no answer"
     verdict = "FAILED" if tests.returncode else "passed"
     counts = (tests.stdout.strip().splitlines() or ["nothing was run"])[-1]
     return [kind.name, build, f"{verdict} ({counts.partition(' in ')[0].strip('= ')})", said]
@@ -132,7 +134,8 @@ def main() -> int:
     head = ["CPU", "build loaded", "kernel tests", "served answer"]
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(4)]
     for row in [head, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
     print(f"{time.monotonic() - started:.0f} s")
     return int(any("FAILED" in cell for row in rows for cell in row))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers import WorkbookError, ablation, cpu, hardware, serving, workspace
-from helpers.serve_side import cpu_kernels
+from helpers.serve_side import cpu_kernels, cpu_products
 
 SCRIPT = Path(__file__).parent / "serve_side" / "kernels.py"
 GREEDY = Path(__file__).parent / "serve_side" / "greedy.py"
@@ -128,13 +128,13 @@ def test_scales_that_bf16_holds_are_kept_in_it_and_give_the_same_bits():
     products = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
     products = products[products.isfinite()][:, None]
     scale = (torch.rand(64, generator=torch.Generator().manual_seed(0)) * 1e-2).bfloat16()
-    kept = cpu_kernels.narrowed(scale.float(), torch.bfloat16)
+    kept = cpu_products.narrowed(scale.float(), torch.bfloat16)
     assert kept.dtype == torch.bfloat16
     exact = (products.double() * scale.double()).to(torch.float32).to(torch.bfloat16)
     for held in (kept, scale.float()):
-        made = cpu_kernels.scaled(products.expand(-1, 64).clone(), held, None, torch.bfloat16)
+        made = cpu_products.scaled(products.expand(-1, 64).clone(), held, None, torch.bfloat16)
         assert torch.equal(made, exact)
-    assert torch.equal(cpu_kernels.narrowed(scale.float() * 1.001, torch.bfloat16),
+    assert torch.equal(cpu_products.narrowed(scale.float() * 1.001, torch.bfloat16),
                        scale.float() * 1.001)  # which bf16 does not hold
 
 

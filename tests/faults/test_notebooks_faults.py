@@ -158,7 +158,7 @@ def test_an_old_config(own, happened):
 def test_a_tied_model_through_notebooks_01_to_03(own, tmp_workspace, drawn, happened):
     edited(own, tie_word_embeddings=True)
     rewrite(own, lambda tensors: tensors.pop("lm_head.weight"))
-    profile = models.directory_profile(own)
+    profile = models.directory_profile(checkpoint.verified(own))
     base = checkpoint.verified(own)
     assert roofline.bytes_per_token(base.tensors) == checkpoint.total_bytes(base.tensors)
     plots.bytes_by_role({"tied": checkpoint.by_role(base.tensors)})
@@ -192,7 +192,7 @@ def test_a_row_of_zeros(own, tmp_workspace, drawn, happened):
     """LLM Compressor gives it a scale of its own; so does ours, and nothing is NaN."""
     rewrite(own, lambda tensors: tensors[f"{DOWN}.weight"][3].zero_())
     base = checkpoint.verified(own)
-    made = quantize.fp8_checkpoint(models.directory_profile(own), base)
+    made = quantize.fp8_checkpoint(models.directory_profile(base), base)
     assert verification.verify_fp8(base, made).quantized == 16
     codes, scale = fp8.quantize_per_channel(checkpoint.read_tensor(base, f"{DOWN}.weight"))
     stored = checkpoint.read_tensor(made, f"{DOWN}.weight").view(torch.uint8)

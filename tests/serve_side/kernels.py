@@ -174,7 +174,7 @@ def registration() -> dict:
     from vllm.model_executor.kernels import linear
     from vllm.platforms.interface import PlatformEnum, UnspecifiedPlatform
 
-    from helpers.serve_side import cpu_kernels
+    from helpers.serve_side import cpu_kernels, cpu_products
 
     kernels = linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CPU]
     stock = [kernel.__name__ for kernel in kernels]
@@ -200,12 +200,12 @@ def registration() -> dict:
             cpu_kernels.register()
             setattr(linear, name, moved)
         found["moved"][name] = {"kernels": names(), "said": said}
-    if cpu_kernels._has_packed_gemm():
+    if cpu_products.has_packed_gemm():
         with messages() as said:  # one whose op packs weights in another order
-            packing = cpu_kernels.pack
-            cpu_kernels.pack = lambda weight: packing(weight.flip(0))
+            packing = cpu_products.pack
+            cpu_products.pack = lambda weight: packing(weight.flip(0))
             cpu_kernels.register()
-            cpu_kernels.pack = packing
+            cpu_products.pack = packing
         found["moved"]["other products"] = {"kernels": names(), "said": said}
     with messages() as said:  # one whose layers are described by other names
         fits = cpu_kernels.kernel_class("w8a8").can_implement(object())[0]
@@ -249,14 +249,14 @@ def main() -> dict:
     from vllm.model_executor.kernels import linear
     from vllm.platforms import PlatformEnum
 
-    from helpers.serve_side import cpu_kernels
+    from helpers.serve_side import cpu_kernels, cpu_products
 
     torch.manual_seed(0)
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     finite = ~every.float().isnan()
-    measured = {"upcast": (cpu_kernels.upcast(every) * 256).equal(
-        torch.where(finite, every.float(), cpu_kernels.upcast(every) * 256)),
-        "finite": int(finite.sum()), "op": cpu_kernels._has_packed_gemm(), "build": build()}
+    measured = {"upcast": (cpu_products.upcast(every) * 256).equal(
+        torch.where(finite, every.float(), cpu_products.upcast(every) * 256)),
+        "finite": int(finite.sum()), "op": cpu_products.has_packed_gemm(), "build": build()}
     with set_current_vllm_config(VllmConfig()):
         measured["registration"] = registration()
         for numerics in cpu_kernels.NUMERICS:
@@ -266,7 +266,7 @@ def main() -> dict:
         os.environ[cpu_kernels.VARIABLE] = "w8a16"
         kernels = linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CPU]
         kernels.sort(key=lambda kernel: "W8A16" not in kernel.__name__)
-        cpu_kernels._has_packed_gemm = lambda: False  # as on a CPU without AVX512-BF16
+        cpu_products.has_packed_gemm = lambda: False  # as on a CPU without AVX512-BF16
         measured["unpacked"] = {f"{name}, {rows}": errors("w8a16", shape, rows)
                                 for name, shape in BUNDLED.items() for rows in (1, 5, 130)}
     return measured
