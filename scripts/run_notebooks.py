@@ -27,7 +27,7 @@ class NotebookStopped(Exception):
 
 def notebooks(only: str = "") -> list[Path]:
     """The notebooks in order, or the ones whose name begins with `only`."""
-    found = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+    found = sorted(NOTEBOOKS.glob("[0-9a]*.ipynb"))
     chosen = [path for path in found if path.name.startswith(only)]
     if not chosen:
         names = ", ".join(path.name[:2] for path in found) or "none at all"
@@ -157,7 +157,7 @@ def run(only: str = "") -> int:
     chosen, started = notebooks(only), time.monotonic()
     for i, path in enumerate(chosen, start=1):
         execute(path, BUILD / "notebooks" / path.name, f"[{i}/{len(chosen)}] {path.name}")
-    write(BUILD / "workbook.html", page(sorted((BUILD / "notebooks").glob("[0-9]*.ipynb"))))
+    write(BUILD / "workbook.html", page(sorted((BUILD / "notebooks").glob("[0-9a]*.ipynb"))))
     print(f"\n{len(chosen)} notebook(s) in {time.monotonic() - started:.0f} s. Executed: "
           "build/notebooks/; all on one page: build/workbook.html\n", flush=True)
     return subprocess.run([sys.executable, "-m", "helpers.report"], cwd=REPO).returncode
