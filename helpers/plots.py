@@ -239,8 +239,6 @@ def kl_against_bytes(table: DataFrame) -> None:
     """
     figure, axis = canvas(width=9, height=4)
     known = table[table["KL"].notna()]
-    axis.errorbar(known["GB read per token"], known["KL"], fmt="none", ecolor=GREY, capsize=3,
-                  yerr=[known["KL"] - known["low"], known["high"] - known["KL"]])
     axis.set_xlim(0, 1.08 * table["GB read per token"].max())
     axis.set_ylim(-0.04 * known["high"].max(), 1.15 * known["high"].max())
     for name, line in table.iterrows():
@@ -252,6 +250,7 @@ def kl_against_bytes(table: DataFrame) -> None:
                           fontsize=9, color=GREY)
         else:
             colour = BF16 if name == "bf16" else FP8 if "FP8" in name else THIRD
+            axis.plot([read, read], [line["low"], line["high"]], color=colour)
             axis.plot([read], [kl], "o", color=colour)
             axis.annotate(name, (read, kl), xytext=(8, 4), textcoords="offset points")
     axis.set_xlabel("GB read per token of Phi-4")
