@@ -35,7 +35,8 @@ vllm.platforms._current_platform = MadeUp()  # before anything of vLLM asks whic
 from compressed_tensors.quantization import preset_name_to_scheme  # noqa: E402
 from vllm import _custom_ops as ops  # noqa: E402
 
-for name, least in {"cutlass_scaled_mm_supports_fp8": 89, "cutlass_scaled_mm_supports_fp4": 100}.items():
+for name, least in {"cutlass_scaled_mm_supports_fp8": 89,
+                    "cutlass_scaled_mm_supports_fp4": 100}.items():
     setattr(ops, name, lambda capability, least=least: capability >= least)
 
 from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
