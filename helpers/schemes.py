@@ -130,16 +130,7 @@ def arithmetic() -> "DataFrame":
 
 
 def beside(bytes_of: "DataFrame", losses: Losses) -> "DataFrame":
-    """`table` with the KL of each scheme that was measured, from "low" to "high"; NaN elsewhere.
-
-    nats per token. The interval is that of the difference from FP8_DYNAMIC, drawn around it.
-    """
-    import pandas as pd
-
-    found = formats.table(losses)
-    recipe = found.loc[formats.RECIPE.name, "KL"]
-    rows = {"bf16": {"KL": 0.0, "low": 0.0, "high": 0.0}}
-    for title, arm in FORMATS.items():
-        line = found.loc[arm]
-        rows[title] = {"KL": line["KL"], "low": recipe + line["low"], "high": recipe + line["high"]}
-    return bytes_of.join(pd.DataFrame(rows).T)
+    """`table` with the "KL" of each scheme that was measured, nats per token; NaN elsewhere."""
+    kl = formats.table(losses)["KL"]
+    measured = {title: kl[arm] for title, arm in FORMATS.items()} | {"bf16": 0.0}
+    return bytes_of.assign(KL=[measured.get(title, float("nan")) for title in bytes_of.index])

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from conftest import REPO
 
-from helpers import checkpoint, formats, headers, roofline, schemes, serving
+from helpers import checkpoint, formats, headers, plots, roofline, schemes, serving
 
 TINY = REPO / "data" / "tiny_phi4"
 PHI4 = roofline.load_config(REPO / "data" / "phi4")
@@ -51,15 +51,19 @@ def test_the_ceiling_of_fp8_is_that_of_the_first_notebook():
     assert list(table.index) == ["bf16", *schemes.PRESETS] == ["bf16", *schemes.arithmetic().index]
 
 
-def test_a_scheme_whose_kl_is_not_known_has_none():
+def test_a_scheme_whose_kl_is_not_known_has_none(capsys):
     losses = formats.Losses([10, 20, 30], {form.name: [0.1 + 0.01 * n, 0.2, 0.3 + 0.02 * n]
                                            for n, form in enumerate(formats.FORMATS)},
                             *({form.name: 0.0 for form in formats.FORMATS} for _ in range(2)))
     found = schemes.beside(schemes.table(PHI4), losses)
     assert found["KL"].isna().to_dict() == {title: title not in ("bf16", *schemes.FORMATS)
                                             for title in found.index}
-    assert (found["low"].dropna() <= found["KL"].dropna() + 1e-12).all()
+    assert found.loc["INT8 W8A8", "KL"] == pytest.approx(
+        (10 * (0.1 + 0.01 * 4) + 20 * 0.2 + 30 * (0.3 + 0.02 * 4)) / 60)
     assert found.loc["bf16", "KL"] == 0
+    plots.kl_against_bytes(found)
+    text = capsys.readouterr().out
+    assert "W4A16 8.1 GB, KL not measured" in text and "bf16 28.3 GB, 0.00000 nats" in text
 
 
 def computed(preset, kernel, capability):
