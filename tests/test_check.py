@@ -63,7 +63,7 @@ def test_a_usual_mistake_is_not_right(name, answer, capsys):
 
 def test_every_notebook_has_an_exercise_and_every_check_is_used():
     used = [parameter.values[0] for parameter in exercises()]
-    assert len({parameter.id[:2] for parameter in exercises()}) == 9
+    assert len({parameter.id[:2] for parameter in exercises()}) == 10
     public = {name for name, thing in vars(check).items()
               if callable(thing) and thing.__module__ == "helpers.check" and name[0] != "_"}
     assert set(used) == public
