@@ -99,18 +99,23 @@ def mode_of_capability(answer) -> None:
 
 
 def stderr_of_93(answer) -> None:
-    """Notebook 05: the sample standard error of 93 right in 100."""
+    """Notebook 06: the sample standard error of 93 right in 100."""
     right, n = 93, 100
     value = math.sqrt(right * (n - right) / n**2 / (n - 1))
     _say(answer, _near(value, 0.002), "Variance p(1 - p) n / (n - 1), over n; then its root.")
 
 
 def h100_expected(answer) -> None:
-    """Notebook 06: tokens/s of FP8 Phi-4 on an H100 SXM at the A40's share of the ceiling."""
+    """Notebook 07: tokens/s of FP8 Phi-4 on an H100 SXM at the A40's share of the ceiling."""
     from helpers import roofline
 
     value = 0.67 * 3350e9 / roofline.decode_bytes(_phi4(), "fp8")
     _say(answer, _near(value, 0.02), "The ceiling is 3350 / 14.66 tokens/s; take 67 % of it.")
+
+
+def bits_in_groups_of_256(answer) -> None:
+    """Notebook 08: bits per weight of W4A16 with a bf16 scale for every 256 weights."""
+    _say(answer, _near(4 + 16 / 256, 0.001), "4 bits of its own, and its share of a 16-bit scale.")
 
 
 def red_hats_advice(answer) -> None:
