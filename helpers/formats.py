@@ -9,7 +9,7 @@ keeps the figures in `data/measured/formats.json`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -111,45 +111,52 @@ def measure(model: PreTrainedModel, texts: list[Tensor],
     """Every arm beside the model as it is, text by text.
 
     `arms`: a title to a function that returns a context manager, within which the model computes
-    as that arm. At most 25 texts' logits are held at a time.
+    as that arm. Holds the logits of all texts; `scripts/measure_formats.py` keeps a larger model's
+    on disk.
     """
+    reference = [seen(model, ids) for ids in texts]
+    rows = {title: one_arm(model, texts, reference, arm) for title, arm in arms.items()}
+    return losses([ids.numel() for ids in texts], rows)
+
+
+def one_arm(model: PreTrainedModel, texts: list[Tensor], reference: Iterable[Tensor],
+            arm: Callable) -> list[tuple]:
+    """`_beside` of every text, with the arm's logits against the reference's."""
+    with arm():
+        return [_beside(true, seen(model, ids)) for true, ids in zip(reference, texts, strict=True)]
+
+
+def losses(tokens: list[int], rows: Mapping[str, list[tuple]]) -> Losses:
+    """The figures of `one_arm`'s rows, by title; `tokens`: how many each text has."""
     import torch
 
-    seen: dict[str, list] = {title: [] for title in arms}
-    with torch.inference_mode(), ablation.threads(model):
-        for start in range(0, len(texts), 25):
-            part = texts[start:start + 25]
-            reference = [_seen(model, ids) for ids in part]
-            for title, arm in arms.items():
-                with arm():
-                    seen[title] += [_beside(true, _seen(model, ids))
-                                    for true, ids in zip(reference, part, strict=True)]
-    tokens = [ids.numel() for ids in texts]
-    sums = {title: torch.tensor(rows, dtype=torch.float64).sum(0) for title, rows in seen.items()}
+    sums = {title: torch.tensor(each, dtype=torch.float64).sum(0) for title, each in rows.items()}
     return Losses(tokens,
-                  {title: [kl / count for (kl, *_), count in zip(rows, tokens, strict=True)]
-                   for title, rows in seen.items()},
+                  {title: [kl / count for (kl, *_), count in zip(each, tokens, strict=True)]
+                   for title, each in rows.items()},
                   {title: float(same) / sum(tokens) for title, (_, same, _, _) in sums.items()},
                   {title: float(10 * torch.log10(signal / noise))
                    for title, (_, _, signal, noise) in sums.items()})
 
 
-def _seen(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """A text's logits, each token's mean taken off, and the logarithm of their softmax."""
-    logits = model(ids).logits[0]
-    centred = logits - logits.mean(-1, keepdim=True)
-    return centred, centred.log_softmax(-1)
+def seen(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """A text's logits [tokens, vocabulary], each token's mean taken off; ids int64 [1, tokens]."""
+    import torch
+
+    with torch.inference_mode(), ablation.threads(model):
+        logits = model(ids).logits[0]
+        return logits - logits.mean(-1, keepdim=True)
 
 
-def _beside(true: tuple, found: tuple) -> tuple[float, ...]:
-    """Sums over the tokens of two `_seen`: KL, equal tops, squared logits, squared differences.
+def _beside(true: Tensor, found: Tensor) -> tuple[float, ...]:
+    """Sums over the tokens of two `seen`: KL, equal tops, squared logits, squared differences.
 
-    In float32, which is off by 1e-7 nats in one token: a thousandth of the least KL met here.
+    In float32, which is off by 1e-7 nats in one token: a hundredth of the least KL met here.
     """
-    (centred, p), (other, q) = true, found
+    p, q = true.log_softmax(-1), found.log_softmax(-1)
     return (float((p.exp() * (p - q)).double().sum()),
-            float((centred.argmax(-1) == other.argmax(-1)).sum()),
-            float(centred.square().sum()), float((other - centred).square().sum()))
+            float((true.argmax(-1) == found.argmax(-1)).sum()),
+            float(true.square().sum()), float((found - true).square().sum()))
 
 
 def table(losses: Losses, against: str = RECIPE.name) -> DataFrame:
