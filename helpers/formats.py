@@ -6,12 +6,20 @@ is mostly hard for the other, and their difference is far surer than either figu
 keeps the figures in `data/measured/formats.json`.
 """
 
+from __future__ import annotations
+
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from helpers import ablation, workspace
 from helpers.ablation import Format
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MEASURED = workspace.data("measured", "formats.json")
 RECIPE = Format("E4M3 per channel", "e4m3")  # what FP8_DYNAMIC makes
@@ -40,7 +48,8 @@ class Losses:
     sqnr: dict[str, float]
 
 
-def texts(tokenizer, count: int = 100, split: str = "test") -> list:
+def texts(tokenizer: PreTrainedTokenizerBase, count: int = 100,
+          split: str = "test") -> list[Tensor]:
     """The first `count` problems with their answers, int64 [1, tokens] each; none was trained on.
 
     `split`: "test", or "train" for the text that static scales are set on.
@@ -50,7 +59,7 @@ def texts(tokenizer, count: int = 100, split: str = "test") -> list:
     return ablation.encoded(tokenizer, rows)
 
 
-def stored(weight, format: Format):
+def stored(weight: Tensor, format: Format) -> Tensor:
     """A weight [out, in] as LLM Compressor would store it in a bf16 checkpoint, scaled back.
 
     The scale is amax / largest rounded to bf16, and so is the quotient that is then rounded to the
@@ -67,8 +76,8 @@ def stored(weight, format: Format):
     return codes * scale.float()
 
 
-def quantized(model, format: Format, activations: bool = True, more: tuple[str, ...] = (),
-              static: Mapping | None = None):
+def quantized(model: PreTrainedModel, format: Format, activations: bool = True,
+              more: tuple[str, ...] = (), static: Mapping[str, Tensor] | None = None):
     """`ablation.applied` with weights as `stored` makes them: W8A8, or without `activations` W8A16.
 
     `more`: modules rounded beside the Linears. `static`: a module's name to the one scale of all
@@ -83,7 +92,8 @@ def quantized(model, format: Format, activations: bool = True, more: tuple[str, 
                             activation if activations else None)
 
 
-def static_scales(model, texts: list, grid: str = "e4m3") -> dict:
+def static_scales(model: PreTrainedModel, texts: list[Tensor],
+                  grid: str = "e4m3") -> dict[str, Tensor]:
     """The scale that covers all inputs of a Linear over the texts: module's name to float32 [].
 
     amax / largest, as LLM Compressor's observer "minmax" sets a static per-tensor scale.
@@ -96,52 +106,60 @@ def static_scales(model, texts: list, grid: str = "e4m3") -> dict:
     return {name: peak / ablation.LARGEST[grid] for name, peak in found.items()}
 
 
-def measure(model, texts: list, arms: Mapping[str, Callable]) -> Losses:
+def measure(model: PreTrainedModel, texts: list[Tensor],
+            arms: Mapping[str, Callable]) -> Losses:
     """Every arm beside the model as it is, text by text.
 
     `arms`: a title to a function that returns a context manager, within which the model computes
-    as that arm. At most 25 texts' logits are held at a time.
+    as that arm. Holds the logits of all texts; `scripts/measure_formats.py` keeps a larger model's
+    on disk.
     """
+    reference = [seen(model, ids) for ids in texts]
+    rows = {title: one_arm(model, texts, reference, arm) for title, arm in arms.items()}
+    return losses([ids.numel() for ids in texts], rows)
+
+
+def one_arm(model: PreTrainedModel, texts: list[Tensor], reference: Iterable[Tensor],
+            arm: Callable) -> list[tuple]:
+    """`_beside` of every text, with the arm's logits against the reference's."""
+    with arm():
+        return [_beside(true, seen(model, ids)) for true, ids in zip(reference, texts, strict=True)]
+
+
+def losses(tokens: list[int], rows: Mapping[str, list[tuple]]) -> Losses:
+    """The figures of `one_arm`'s rows, by title; `tokens`: how many each text has."""
     import torch
 
-    seen: dict[str, list] = {title: [] for title in arms}
-    with torch.inference_mode(), ablation.threads(model):
-        for start in range(0, len(texts), 25):
-            part = texts[start:start + 25]
-            reference = [_seen(model, ids) for ids in part]
-            for title, arm in arms.items():
-                with arm():
-                    seen[title] += [_beside(true, _seen(model, ids))
-                                    for true, ids in zip(reference, part, strict=True)]
-    tokens = [ids.numel() for ids in texts]
-    sums = {title: torch.tensor(rows, dtype=torch.float64).sum(0) for title, rows in seen.items()}
+    sums = {title: torch.tensor(each, dtype=torch.float64).sum(0) for title, each in rows.items()}
     return Losses(tokens,
-                  {title: [kl / count for (kl, *_), count in zip(rows, tokens, strict=True)]
-                   for title, rows in seen.items()},
+                  {title: [kl / count for (kl, *_), count in zip(each, tokens, strict=True)]
+                   for title, each in rows.items()},
                   {title: float(same) / sum(tokens) for title, (_, same, _, _) in sums.items()},
                   {title: float(10 * torch.log10(signal / noise))
                    for title, (_, _, signal, noise) in sums.items()})
 
 
-def _seen(model, ids):
-    """A text's logits, each token's mean taken off, and the logarithm of their softmax."""
-    logits = model(ids).logits[0]
-    centred = logits - logits.mean(-1, keepdim=True)
-    return centred, centred.log_softmax(-1)
+def seen(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """A text's logits [tokens, vocabulary], each token's mean taken off; ids int64 [1, tokens]."""
+    import torch
+
+    with torch.inference_mode(), ablation.threads(model):
+        logits = model(ids).logits[0]
+        return logits - logits.mean(-1, keepdim=True)
 
 
-def _beside(true, found) -> tuple[float, ...]:
-    """Sums over the tokens of two `_seen`: KL, equal tops, squared logits, squared differences.
+def _beside(true: Tensor, found: Tensor) -> tuple[float, ...]:
+    """Sums over the tokens of two `seen`: KL, equal tops, squared logits, squared differences.
 
-    In float32, which is off by 1e-7 nats in one token: a thousandth of the least KL met here.
+    In float32, which is off by 1e-7 nats in one token: a hundredth of the least KL met here.
     """
-    (centred, p), (other, q) = true, found
+    p, q = true.log_softmax(-1), found.log_softmax(-1)
     return (float((p.exp() * (p - q)).double().sum()),
-            float((centred.argmax(-1) == other.argmax(-1)).sum()),
-            float(centred.square().sum()), float((other - centred).square().sum()))
+            float((true.argmax(-1) == found.argmax(-1)).sum()),
+            float(true.square().sum()), float((found - true).square().sum()))
 
 
-def table(losses: Losses, against: str = RECIPE.name):
+def table(losses: Losses, against: str = RECIPE.name) -> DataFrame:
     """KL of every arm and its difference from one of them, with 95 % intervals over texts.
 
     A DataFrame, index arm, least KL first. "KL": nats per token, over all tokens. "difference",
@@ -166,12 +184,13 @@ def table(losses: Losses, against: str = RECIPE.name):
     return pd.DataFrame(rows).T.sort_values("KL").rename_axis("arm").infer_objects()
 
 
-def format_arms(model) -> dict[str, Callable]:
+def format_arms(model: PreTrainedModel) -> dict[str, Callable]:
     """W8A8 in every format."""
     return {form.name: lambda form=form: quantized(model, form) for form in FORMATS}
 
 
-def activation_arms(model, calibration: list) -> dict[str, Callable]:
+def activation_arms(model: PreTrainedModel,
+                    calibration: list[Tensor]) -> dict[str, Callable]:
     """E4M3 weights per channel; inputs unrounded, with dynamic scales, and with static ones.
 
     `calibration`: the texts that the static scales are set on, all of them and the first alone.
@@ -187,7 +206,7 @@ def activation_arms(model, calibration: list) -> dict[str, Callable]:
         "static, set on 1 text": lambda: quantized(model, RECIPE, static=few)}
 
 
-def left_alone_arms(model) -> dict[str, Callable]:
+def left_alone_arms(model: PreTrainedModel) -> dict[str, Callable]:
     """FP8_DYNAMIC's Linears, and what it leaves alone rounded as well; E4M3 per channel.
 
     lm_head's input is rounded per token too; the embedding has no input to round. A model
