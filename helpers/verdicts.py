@@ -112,7 +112,8 @@ def _paired(rows: list[dict], row: dict) -> tuple[str, ...]:
 
 def _noise(rows: list[dict], work: dict) -> int | None:
     """How many answers changed at most when bf16 did the same work again; None if unknown."""
-    same = [row["metrics"]["flips"] for row in rows if row["experiment"] == "noise-floor"
+    same = [row["metrics"]["flips"] for row in rows
+            if (row["experiment"], row["arm"]) == ("noise-floor", "bf16")
             and ledger_row.holds(row, ("task", "limit"), ("flips",))
             and all(row["work"][key] == work[key] for key in ("task", "limit"))]
     return int(max(same)) if same else None
