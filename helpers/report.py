@@ -173,11 +173,14 @@ def _as_markdown(rows: list[dict]) -> str:
     """Both closing tables of one machine's rows, verdicts for each profile that is known."""
     names = {row["model"]["profile"] for row in rows}
     known = (models.PHI4, models.PHI4_MINI, models.SMOLLM2, models.tiny())
-    tables = [verdicts.of_this_machine(each, rows) for each in known if each.name in names]
     beside = measured_beside_published(rows)
-    tables += [compared(beside)] if len(compared(beside)) else []
-    return "\n\n".join([table.map(ledger_row.as_markdown).to_markdown(index=False)
-                        for table in tables] + [left_over(beside)]).strip()
+    tables = {f"Of {each.title}:": verdicts.of_this_machine(each, rows)
+              for each in known if each.name in names}
+    if len(same := compared(beside)):
+        tables["Of what was published:"] = same
+    parts = [f"{title}\n\n{table.map(ledger_row.as_markdown).to_markdown(index=False)}"
+             for title, table in tables.items()]
+    return "\n\n".join([*parts, left_over(beside)]).strip()
 
 
 def readme_bench() -> str:
@@ -214,6 +217,7 @@ def main(arguments: list[str]) -> int:
     except WorkbookError as error:
         print(error, file=sys.stderr)
         return 1
+    print(f"FP8 on this machine, of {profile.title}:")
     print(_grid(here, [23, 23, 25, 16]))
     if len(same := compared(beside)):
         print(_grid(same, [24, 9, 26, 22, 9]))
