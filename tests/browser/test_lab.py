@@ -282,12 +282,12 @@ def test_every_notebook_opens(lab, chromium, name):
     """Its title, its first cells in a picture, nothing complained of, nothing fetched elsewhere."""
     url, token = lab
     page = watched(chromium, url, name)
-    page.goto(f"{url}lab/workspaces/open-{name}/tree/committed/{name}.ipynb?token={token}")
+    page.goto(f"{url}lab/workspaces/open-{name}/tree/committed/{name}.ipynb?token={token}",
+              wait_until="domcontentloaded", timeout=60_000)
     source = json.loads((REPO / "notebooks" / f"{name}.ipynb").read_text())["cells"][0]["source"]
     title = "".join(source).splitlines()[0].removeprefix("# ")
     heading = page.locator(".jp-Notebook .jp-MarkdownOutput h1").first
     expect(heading).to_contain_text(title, timeout=60_000)
-    idle(page)
     page.screenshot(path=SCREENSHOTS / f"{name}-opened.png")
     assert page.complaints == [] and page.foreign == []
     page.close()
