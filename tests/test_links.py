@@ -114,3 +114,6 @@ def test_the_readme_lists_every_notebook_with_its_title_and_a_question():
     for said, stem, question in rows:
         assert said == title(NOTEBOOKS / f"{stem}.ipynb").replace(" · ", " ", stem[0] == "0")
         assert question.endswith("?")
+        opening = nbformat.read(NOTEBOOKS / f"{stem}.ipynb", as_version=4).cells[0].source
+        if asked := re.search(r"\*\*The question:?\*\*:? (.+?\?)", opening):
+            assert question.lower() == asked[1].lower()
