@@ -105,7 +105,7 @@ def _paired(rows: list[dict], row: dict) -> tuple[str, ...]:
         verdict = "lower" if lost > gained else "higher"
     else:
         verdict = NOISE if noise is not None and lost + gained <= noise else APART
-    beside = "" if noise is None else f"; {noise} change when bf16 runs again"
+    beside = "" if noise is None else f"; bf16 again: {noise} changed"
     return (f"right answers of {row['work']['limit']:,}, FP8 beside bf16", "no fewer",
             f"{lost} lost, {gained} gained{beside}", verdict)
 
