@@ -36,7 +36,7 @@ lab: setup  ## open the notebooks in JupyterLab
 	@.venv/bin/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks \
 		$(if $(filter 0,$(shell id -u)),--allow-root)
 
-run: setup  ## run every notebook in order; ONLY=06 runs one
+run: setup  ## run every notebook in order; ONLY=06 or ONLY=a1 runs one
 	@.venv/bin/python scripts/run_notebooks.py run $(ONLY)
 
 ## For an instructor
@@ -66,10 +66,10 @@ notebooks: export CUDA_VISIBLE_DEVICES =
 notebooks: setup  ## run the notebooks on the CPU and write them back with their outputs
 	@.venv/bin/python scripts/run_notebooks.py refresh
 
-test-smollm2: setup  ## notebooks 01 to 04 on SmolLM2-135M, out of a Python package of 93 MB
+test-smollm2: setup  ## notebooks 01 to 05 on SmolLM2-135M, out of a Python package of 93 MB
 	@.venv/bin/python scripts/run_tests.py smollm2
 
-test-browser: setup  ## notebooks 00 and 03 in JupyterLab and Chromium; screenshots in build/
+test-browser: setup  ## all notebooks in JupyterLab, controls of 00 and 03 turned; screenshots
 	@.venv/bin/python scripts/browser.py
 
 test-isa: setup  ## the CPU kernels' tests and a served answer, as each kind of CPU

@@ -68,7 +68,7 @@ def nearest_e4m3_to_0_3(answer) -> None:
 
 
 def rounded_per_token(answer) -> None:
-    """Notebook 03: a function that rounds activations to E4M3 with a scale for each token."""
+    """Notebook 04: a function that rounds activations to E4M3 with a scale for each token."""
     import torch
 
     from helpers import ablation
@@ -85,7 +85,7 @@ def rounded_per_token(answer) -> None:
 
 
 def mode_of_capability(answer) -> None:
-    """Notebook 04: a function from compute capability to the arithmetic of this checkpoint."""
+    """Notebook 05: a function from compute capability to the arithmetic of this checkpoint."""
     from helpers import hardware
 
     expected = {"gpu-w8a8": "W8A8", "gpu-w8a16": "W8A16", "none": None}
@@ -119,7 +119,7 @@ def bits_in_groups_of_256(answer) -> None:
 
 
 def red_hats_advice(answer) -> None:
-    """Notebook 07: the most GPUs for one layer, up to 8, and the longest context, up to 32,768."""
+    """Notebook 09: the most GPUs for one layer, up to 8, and the longest context, up to 32,768."""
     from helpers import deployment
 
     phi4 = _phi4()
@@ -131,6 +131,6 @@ def red_hats_advice(answer) -> None:
 
 
 def same_work(answer) -> None:
-    """Notebook 07: which measurements may stand beside the published one."""
+    """Notebook 09: which measurements may stand beside the published one."""
     _say(answer, lambda letters: set(letters) == {"a"},
          "The same model, dataset, protocol and rows; which of the four has all of them?")
