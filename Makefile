@@ -19,7 +19,7 @@ export HOME := $(shell if [ -d "$$HOME" ] && [ -w "$$HOME" ]; then echo "$$HOME"
 # A line "## group" heads the targets below it, and "target: ... ## words" describes one.
 help:
 	@sed -nE 's/^## (.*)/\n\1/p; s/^([a-z0-9-]+):.*## (.*)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) \
-		| expand -t 16
+		| expand -t 18
 
 ## For a reader
 

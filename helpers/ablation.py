@@ -64,7 +64,8 @@ def amax(x: Tensor, scope: str) -> Tensor:
     return blocks.repeat_interleave(high, 0).repeat_interleave(GROUP, 1)[:rows, :columns]
 
 
-def rounded(x: Tensor, grid: str, scope: str = "row", scale: Tensor | None = None) -> Tensor:
+def rounded(x: Tensor, grid: str, scope: str = "row",
+            scale: Tensor | float | None = None) -> Tensor:
     """x [rows, columns] rounded to a grid and scaled back; same shape and type.
 
     The scale is amax / largest of each scope, in float32. With a static `scale` instead, values

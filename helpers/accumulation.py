@@ -14,18 +14,26 @@ The sums are mmaemu's, which were recorded on an H100 PCIe with cuBLASLt; that v
 kernels, which issue the same instruction in the same order, give the same bits was tried nowhere.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from helpers import ablation, formats, workspace
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 MEASURED = workspace.data("measured", "accumulation.json")
 LENGTHS = (256, 1024, 5120, 17920)  # 256: the bundled model's; the last two are Phi-4's
 WAYS = ("exact", "float32", "slow", "fast")
 
 
-def sums(codes, others, way: str):
+def sums(codes: Tensor, others: Tensor, way: str) -> Tensor:
     """codes [m, K] times others [n, K]^T, both float8_e4m3fn, as one of `WAYS`: [m, n].
 
     "exact": float64, which holds every such sum exactly up to K of 2^17; "float32": this CPU's
@@ -43,7 +51,7 @@ def sums(codes, others, way: str):
     return mmaemu.accumulate(codes, others, use_fast_accum=way == "fast", splitk=1)
 
 
-def codes(x):
+def codes(x: Tensor) -> tuple[Tensor, Tensor]:
     """float8_e4m3fn codes and float32 scales [rows, 1] of x [rows, K], a scale a row."""
     import torch
 
@@ -52,7 +60,8 @@ def codes(x):
     return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
-def errors(lengths: tuple[int, ...] = LENGTHS, rows: int = 64, seeds: int = 3):
+def errors(lengths: tuple[int, ...] = LENGTHS, rows: int = 64,
+           seeds: int = 3) -> DataFrame:
     """Relative error of the sum alone, and of quantization, on normal random x and w [rows, K].
 
     A DataFrame, index K. "fast", "slow", "float32": the sum of the codes' products against the
@@ -79,12 +88,12 @@ def errors(lengths: tuple[int, ...] = LENGTHS, rows: int = 64, seeds: int = 3):
     return pd.DataFrame(table).T.rename_axis("K")
 
 
-def _relative(found, exact) -> float:
+def _relative(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
 @contextlib.contextmanager
-def emulated(model, way: str, repeat: int = 1) -> Iterator[None]:
+def emulated(model: PreTrainedModel, way: str, repeat: int = 1) -> Iterator[None]:
     """Within the block, the Linears that FP8_DYNAMIC quantizes compute W8A8 with one of `WAYS`.
 
     Weights as the checkpoint stores them (E4M3 codes, bf16 scale a channel), inputs rounded per
@@ -115,7 +124,7 @@ def emulated(model, way: str, repeat: int = 1) -> Iterator[None]:
             hook.remove()
 
 
-def arms(model, ways: tuple[str, ...] = ("exact", "slow", "fast"),
+def arms(model: PreTrainedModel, ways: tuple[str, ...] = ("exact", "slow", "fast"),
          repeat: int = 1) -> dict[str, Callable]:
     """W8A8 with several ways of summing, for `formats.measure`; `repeat` as in `emulated`."""
     titles = {"exact": "exact sums", "slow": "H100, slow", "fast": "H100, fast"}

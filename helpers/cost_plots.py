@@ -1,17 +1,23 @@
 """Pictures of what FP8 costs: arms beside one another, an outlier's price, a tensor core's sums."""
 
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
 from helpers import plots
 from helpers.plots import BF16, FP8, GREY, THIRD
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
-def differences(tables: dict, against: str) -> None:
+
+def differences(tables: dict[str, DataFrame], against: str) -> None:
     """Each arm's KL less one arm's, with its interval; a panel a model.
 
     `tables`: a model's name to `formats.table`. The axis is linear between the ticks beside zero
     and logarithmic beyond them. A hollow mark's interval holds zero.
     """
-    import math
-
     figure, axes = plots.canvas(width=11, height=0.42 * max(map(len, tables.values())) + 1.6,
                                 columns=len(tables))
     for axis, (name, table) in zip(axes, tables.items(), strict=True):
@@ -38,7 +44,7 @@ def differences(tables: dict, against: str) -> None:
                                 if arm != against) for name, table in tables.items()) + ".")
 
 
-def outlier_sweep(tables: dict) -> None:
+def outlier_sweep(tables: dict[str, DataFrame]) -> None:
     """The median token's SQNR against an outlier's size; a panel each of `reach.sweep`'s tables."""
     figure, axes = plots.canvas(width=11, height=3.8, columns=len(tables))
     marks = {"INT8, per token": (BF16, "o-"), "INT8, per tensor": (BF16, "s--"),
@@ -59,7 +65,7 @@ def outlier_sweep(tables: dict) -> None:
         for where, line in last.items()) + ".")
 
 
-def outlier_modules(tables: dict) -> None:
+def outlier_modules(tables: dict[str, DataFrame]) -> None:
     """E4M3's SQNR less INT8's, one point a module, against its largest feature over its median.
 
     `tables`: a model's name to `reach.modules`. A panel for scales per token, one per tensor.
@@ -82,7 +88,7 @@ def outlier_modules(tables: dict) -> None:
                        "largest input feature stands out. E4M3 is ahead: " + "; ".join(ahead) + ".")
 
 
-def accumulated(table) -> None:
+def accumulated(table: DataFrame) -> None:
     """Relative error of a sum over its length, beside quantization's; `accumulation.errors`."""
     figure, axis = plots.canvas(width=9, height=3.8)
     for column, label, colour, style in (

@@ -6,12 +6,20 @@ is mostly hard for the other, and their difference is far surer than either figu
 keeps the figures in `data/measured/formats.json`.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from helpers import ablation, workspace
 from helpers.ablation import Format
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MEASURED = workspace.data("measured", "formats.json")
 RECIPE = Format("E4M3 per channel", "e4m3")  # what FP8_DYNAMIC makes
@@ -40,7 +48,8 @@ class Losses:
     sqnr: dict[str, float]
 
 
-def texts(tokenizer, count: int = 100, split: str = "test") -> list:
+def texts(tokenizer: PreTrainedTokenizerBase, count: int = 100,
+          split: str = "test") -> list[Tensor]:
     """The first `count` problems with their answers, int64 [1, tokens] each; none was trained on.
 
     `split`: "test", or "train" for the text that static scales are set on.
@@ -50,7 +59,7 @@ def texts(tokenizer, count: int = 100, split: str = "test") -> list:
     return ablation.encoded(tokenizer, rows)
 
 
-def stored(weight, format: Format):
+def stored(weight: Tensor, format: Format) -> Tensor:
     """A weight [out, in] as LLM Compressor would store it in a bf16 checkpoint, scaled back.
 
     The scale is amax / largest rounded to bf16, and so is the quotient that is then rounded to the
@@ -67,8 +76,8 @@ def stored(weight, format: Format):
     return codes * scale.float()
 
 
-def quantized(model, format: Format, activations: bool = True, more: tuple[str, ...] = (),
-              static: Mapping | None = None):
+def quantized(model: PreTrainedModel, format: Format, activations: bool = True,
+              more: tuple[str, ...] = (), static: Mapping[str, Tensor] | None = None):
     """`ablation.applied` with weights as `stored` makes them: W8A8, or without `activations` W8A16.
 
     `more`: modules rounded beside the Linears. `static`: a module's name to the one scale of all
@@ -83,7 +92,8 @@ def quantized(model, format: Format, activations: bool = True, more: tuple[str, 
                             activation if activations else None)
 
 
-def static_scales(model, texts: list, grid: str = "e4m3") -> dict:
+def static_scales(model: PreTrainedModel, texts: list[Tensor],
+                  grid: str = "e4m3") -> dict[str, Tensor]:
     """The scale that covers all inputs of a Linear over the texts: module's name to float32 [].
 
     amax / largest, as LLM Compressor's observer "minmax" sets a static per-tensor scale.
@@ -96,7 +106,8 @@ def static_scales(model, texts: list, grid: str = "e4m3") -> dict:
     return {name: peak / ablation.LARGEST[grid] for name, peak in found.items()}
 
 
-def measure(model, texts: list, arms: Mapping[str, Callable]) -> Losses:
+def measure(model: PreTrainedModel, texts: list[Tensor],
+            arms: Mapping[str, Callable]) -> Losses:
     """Every arm beside the model as it is, text by text.
 
     `arms`: a title to a function that returns a context manager, within which the model computes
@@ -123,14 +134,14 @@ def measure(model, texts: list, arms: Mapping[str, Callable]) -> Losses:
                    for title, (_, _, signal, noise) in sums.items()})
 
 
-def _seen(model, ids):
+def _seen(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
     """A text's logits, each token's mean taken off, and the logarithm of their softmax."""
     logits = model(ids).logits[0]
     centred = logits - logits.mean(-1, keepdim=True)
     return centred, centred.log_softmax(-1)
 
 
-def _beside(true, found) -> tuple[float, ...]:
+def _beside(true: tuple, found: tuple) -> tuple[float, ...]:
     """Sums over the tokens of two `_seen`: KL, equal tops, squared logits, squared differences.
 
     In float32, which is off by 1e-7 nats in one token: a thousandth of the least KL met here.
@@ -141,7 +152,7 @@ def _beside(true, found) -> tuple[float, ...]:
             float(centred.square().sum()), float((other - centred).square().sum()))
 
 
-def table(losses: Losses, against: str = RECIPE.name):
+def table(losses: Losses, against: str = RECIPE.name) -> DataFrame:
     """KL of every arm and its difference from one of them, with 95 % intervals over texts.
 
     A DataFrame, index arm, least KL first. "KL": nats per token, over all tokens. "difference",
@@ -166,12 +177,13 @@ def table(losses: Losses, against: str = RECIPE.name):
     return pd.DataFrame(rows).T.sort_values("KL").rename_axis("arm").infer_objects()
 
 
-def format_arms(model) -> dict[str, Callable]:
+def format_arms(model: PreTrainedModel) -> dict[str, Callable]:
     """W8A8 in every format."""
     return {form.name: lambda form=form: quantized(model, form) for form in FORMATS}
 
 
-def activation_arms(model, calibration: list) -> dict[str, Callable]:
+def activation_arms(model: PreTrainedModel,
+                    calibration: list[Tensor]) -> dict[str, Callable]:
     """E4M3 weights per channel; inputs unrounded, with dynamic scales, and with static ones.
 
     `calibration`: the texts that the static scales are set on, all of them and the first alone.
@@ -187,7 +199,7 @@ def activation_arms(model, calibration: list) -> dict[str, Callable]:
         "static, set on 1 text": lambda: quantized(model, RECIPE, static=few)}
 
 
-def left_alone_arms(model) -> dict[str, Callable]:
+def left_alone_arms(model: PreTrainedModel) -> dict[str, Callable]:
     """FP8_DYNAMIC's Linears, and what it leaves alone rounded as well; E4M3 per channel.
 
     lm_head's input is rounded per token too; the embedding has no input to round. A model

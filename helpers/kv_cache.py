@@ -6,15 +6,23 @@ attention itself stay as they are. Scales as vLLM 0.32 has them (`vllm/config/ca
 brings one for its keys and one for its values, or one for each token and head.
 """
 
+from __future__ import annotations
+
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from helpers import ablation, roofline
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 SCALE_BYTES = 4  # vLLM keeps these scales in float32
 
 
-def sizes(config: dict):
+def sizes(config: dict) -> DataFrame:
     """Bytes of KV cache per token by vLLM's `--kv-cache-dtype`, from a config.json.
 
     A DataFrame, index dtype: "codes", "scales" and "total" in bytes, "of bf16" the ratio.
@@ -33,7 +41,7 @@ def sizes(config: dict):
 
 
 @contextlib.contextmanager
-def replaced(model, change: Callable) -> Iterator[None]:
+def replaced(model: PreTrainedModel, change: Callable) -> Iterator[None]:
     """Within the block, attention reads other keys and values than were computed.
 
     `change(what, layer, tensor)` gets "K" or "V", the layer's number and a tensor
@@ -56,7 +64,8 @@ def replaced(model, change: Callable) -> Iterator[None]:
         hook.remove()
 
 
-def observe(model, ids, keep: Callable) -> dict:
+def observe(model: PreTrainedModel, ids: Tensor,
+            keep: Callable) -> dict[tuple[str, int], object]:
     """What `keep(tensor)` makes of every layer's keys and values: ("K" or "V", layer) to it."""
     import torch
 
@@ -71,7 +80,8 @@ def observe(model, ids, keep: Callable) -> dict:
     return found
 
 
-def calibrated(model, texts: list, grid: str) -> dict:
+def calibrated(model: PreTrainedModel, texts: list[Tensor],
+               grid: str) -> dict[tuple[str, int], Tensor]:
     """One scale for the keys and one for the values of each layer: ("K" or "V", layer) to it.
 
     The amax over the texts / the grid's largest number.
@@ -83,20 +93,20 @@ def calibrated(model, texts: list, grid: str) -> dict:
     return {key: peak / ablation.LARGEST[grid] for key, peak in peaks.items()}
 
 
-def rounding(grid: str, scales=None) -> Callable:
+def rounding(grid: str, scales: Mapping | float | None = None) -> Callable:
     """What `replaced` takes: keys and values rounded to a grid.
 
     `scales`: 1.0 for vLLM's default, `calibrated`'s for one each of keys and values in a layer,
     None for one each token and head.
     """
     def change(what, layer, tensor):
-        scale = scales[what, layer] if isinstance(scales, dict) else scales
+        scale = scales[what, layer] if isinstance(scales, Mapping) else scales
         return ablation.rounded(tensor.flatten(0, -2), grid, scale=scale).view(tensor.shape)
 
     return change
 
 
-def ways(model, calibration: list) -> dict[str, Callable]:
+def ways(model: PreTrainedModel, calibration: list[Tensor]) -> dict[str, Callable]:
     """The cache's formats by title, as `replaced` takes them.
 
     `calibration`: the texts that calibrated scales are set on. "INT8, calibrated" is not vLLM's; it
@@ -109,12 +119,12 @@ def ways(model, calibration: list) -> dict[str, Callable]:
             "INT8, calibrated": rounding("int8", calibrated(model, calibration, "int8"))}
 
 
-def arms(model, ways: dict[str, Callable]) -> dict[str, Callable]:
+def arms(model: PreTrainedModel, ways: dict[str, Callable]) -> dict[str, Callable]:
     """`ways` as `formats.measure` takes them."""
     return {title: lambda way=way: replaced(model, way) for title, way in ways.items()}
 
 
-def error(model, ids, ways: dict[str, Callable]):
+def error(model: PreTrainedModel, ids: Tensor, ways: dict[str, Callable]) -> DataFrame:
     """SQNR in dB of all layers' keys and values together: a DataFrame, index way, "K" and "V"."""
     import pandas as pd
     import torch

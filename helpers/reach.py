@@ -4,9 +4,17 @@ INT8 has steps of one size, set by the largest value that shares the scale; E4M3
 the value. So INT8's error grows with an outlier and E4M3's does not, until values turn subnormal.
 """
 
+from __future__ import annotations
+
 import json
+from typing import TYPE_CHECKING
 
 from helpers import ablation, formats
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 SIZES = tuple(2**power for power in range(14))  # the outlier over the median feature
 GRIDS, SCOPES = ("int8", "e4m3"), ("row", "tensor")
@@ -14,12 +22,13 @@ TITLES = {("int8", "row"): "INT8, per token", ("int8", "tensor"): "INT8, per ten
           ("e4m3", "row"): "E4M3, per token", ("e4m3", "tensor"): "E4M3, per tensor"}
 
 
-def inputs(model, ids, name: str):
+def inputs(model: PreTrainedModel, ids: Tensor, name: str) -> Tensor:
     """What the Linear `name` is given for one text, float32 [tokens, in]; ids int64 [1, tokens]."""
     return ablation.observe(model, ids, lambda x: x)[name]
 
 
-def with_outlier(x, weight, size: float, tokens=slice(None)):
+def with_outlier(x: Tensor, weight: Tensor, size: float,
+                 tokens: slice = slice(None)) -> tuple[Tensor, Tensor]:
     """x [tokens, in] and weight [out, in] with one feature raised, their product as it was.
 
     The median feature (by amax) is multiplied so that its amax becomes `size` times what it was,
@@ -35,7 +44,7 @@ def with_outlier(x, weight, size: float, tokens=slice(None)):
     return x, weight
 
 
-def token_sqnr(x, weight, grid: str, scope: str):
+def token_sqnr(x: Tensor, weight: Tensor, grid: str, scope: str) -> Tensor:
     """SQNR in dB of each token's output of a Linear whose inputs alone are rounded: float [tokens].
 
     x [tokens, in], weight [out, in].
@@ -45,7 +54,8 @@ def token_sqnr(x, weight, grid: str, scope: str):
     return 10 * (exact.square().sum(1) / noise.square().sum(1)).log10()
 
 
-def sweep(x, weight, sizes: tuple[float, ...] = SIZES) -> dict:
+def sweep(x: Tensor, weight: Tensor,
+          sizes: tuple[float, ...] = SIZES) -> dict[str, DataFrame]:
     """The median token's SQNR in dB against an outlier's size: two DataFrames, index size.
 
     "in every token": one feature is raised in all tokens, as outlier features are. "in one token":
@@ -65,7 +75,7 @@ def sweep(x, weight, sizes: tuple[float, ...] = SIZES) -> dict:
     return {title: pd.DataFrame(rows).T.rename_axis("size") for title, rows in tables.items()}
 
 
-def crossing(table, scope: str) -> float | None:
+def crossing(table: DataFrame, scope: str) -> float | None:
     """The outlier's size from which E4M3 is ahead of INT8, by a line between the sizes tried.
 
     `table`: one of `sweep`'s; None when they do not cross.
@@ -80,7 +90,7 @@ def crossing(table, scope: str) -> float | None:
     return float(2 ** np.interp(0, -lead[[after - 1, after]], place))
 
 
-def modules(model, ids):
+def modules(model: PreTrainedModel, ids: Tensor) -> DataFrame:
     """Every quantized Linear on one text: a DataFrame, index module, in the model's order.
 
     "features": the amax of the input's largest feature over the median feature's. The columns of
@@ -98,7 +108,7 @@ def modules(model, ids):
     return pd.DataFrame(rows).T
 
 
-def measured(model: str):
+def measured(model: str) -> DataFrame:
     """The kept figures of `modules` of "tiny-phi4" or "smollm2"."""
     import pandas as pd
 
