@@ -68,7 +68,7 @@ def nearest_e4m3_to_0_3(answer) -> None:
 
 
 def rounded_per_token(answer) -> None:
-    """Notebook 03: a function that rounds activations to E4M3 with a scale for each token."""
+    """Notebook 04: a function that rounds activations to E4M3 with a scale for each token."""
     import torch
 
     from helpers import ablation

@@ -6,6 +6,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
+from safetensors.torch import load_file
 
 from helpers import ablation, checkpoint, formats
 from helpers.formats import FORMATS, Format, Losses
@@ -84,7 +85,11 @@ def test_one_question_has_one_figure(tiny, tiny_fp8):
     model, texts, _ = tiny
     name = formats.RECIPE.name
     mine = formats.measure(model, texts, {name: formats.format_arms(model)[name]})
-    stored = formats.measure(model, texts, {"W8A8": lambda: ablation.w8(model, tiny_fp8, True)})
+    held = load_file(tiny_fp8.path / "model.safetensors")
+    stored = formats.measure(model, texts, {"W8A8": lambda: ablation.applied(
+        model, ablation.targets(model),
+        lambda name, _: held[f"{name}.weight"].float() * held[f"{name}.weight_scale"].float(),
+        lambda _, x: ablation.rounded(x, "e4m3"))})
     assert mine.kl[name] == stored.kl["W8A8"] and min(stored.kl["W8A8"]) > 0
 
 
