@@ -115,8 +115,8 @@ def test_kept_figures_stand_beside_a_models_own_where_there_are_any(tmp_path, mo
     losses = Losses([10, 20], kl, share, share)
     monkeypatch.setattr(formats, "MEASURED", tmp_path / "formats.json")
     assert list(formats.beside("tiny-phi4", losses, "formats")) == ["tiny-phi4"]
-    entry = {"losses": {"tokens": [10], "kl": {formats.RECIPE.name: [0.3]}, "top1": share,
-                        "sqnr": share}, "parts": {"formats": [formats.RECIPE.name]}}
+    entry = {"losses": {"tokens": [10], "kl": {formats.RECIPE.name: [0.3], "other": [0.1]},
+                        "top1": share, "sqnr": share}, "parts": {"formats": list(kl)}}
     formats.MEASURED.write_text(json.dumps({"models": {"smollm2": entry}}))
     assert list(formats.beside("smollm2", losses, "formats")) == ["smollm2"]
     found = formats.beside("tiny-phi4", losses, "formats")
