@@ -20,6 +20,7 @@ def differences(tables: dict[str, DataFrame], against: str) -> None:
     """
     figure, axes = plots.canvas(width=11, height=0.42 * max(map(len, tables.values())) + 1.6,
                                 columns=len(tables))
+    axes = axes if len(tables) > 1 else [axes]
     for axis, (name, table) in zip(axes, tables.items(), strict=True):
         for row, (_, line) in enumerate(table.iterrows()):
             colour = {"less": THIRD, "more": FP8}.get(line["told apart"], GREY)

@@ -220,12 +220,31 @@ def left_alone_arms(model: PreTrainedModel) -> dict[str, Callable]:
             for title, more in arms.items()}
 
 
+def kept() -> dict[str, dict]:
+    """The models' entries of `MEASURED`, by name; none before `make measure-formats` has run."""
+    return json.loads(MEASURED.read_text())["models"] if MEASURED.exists() else {}
+
+
 def measured(model: str, part: str) -> Losses:
     """The kept figures of "tiny-phi4" or "smollm2".
 
     `part`: "formats", "activations", "left alone" or "kv cache".
     """
-    kept = json.loads(MEASURED.read_text())["models"][model]
-    return Losses(kept["losses"]["tokens"], *(
-        {title: kept["losses"][column][title] for title in kept["parts"][part]}
+    entry = kept()[model]
+    return Losses(entry["losses"]["tokens"], *(
+        {title: entry["losses"][column][title] for title in entry["parts"][part]}
         for column in ("kl", "top1", "sqnr")))
+
+
+def companion(name: str) -> list[str]:
+    """The model whose kept figures stand beside this one's, if they are kept: SmolLM2, or, beside
+    SmolLM2, the bundled model."""
+    other = "tiny-phi4" if name == "smollm2" else "smollm2"
+    return [other] if other in kept() else []
+
+
+def beside(name: str, losses: Losses, part: str,
+           against: str = RECIPE.name) -> dict[str, DataFrame]:
+    """`table` of what was measured on the model `name`, and of its `companion`'s same part."""
+    return {name: table(losses, against)} | {
+        other: table(measured(other, part), against) for other in companion(name)}

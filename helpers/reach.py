@@ -6,7 +6,6 @@ the value. So INT8's error grows with an outlier and E4M3's does not, until valu
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 from helpers import ablation, formats
@@ -112,5 +111,9 @@ def measured(model: str) -> DataFrame:
     """The kept figures of `modules` of "tiny-phi4" or "smollm2"."""
     import pandas as pd
 
-    kept = json.loads(formats.MEASURED.read_text())["models"][model]["modules"]
-    return pd.DataFrame(kept).T
+    return pd.DataFrame(formats.kept()[model]["modules"]).T
+
+
+def beside(name: str, table: DataFrame) -> dict[str, DataFrame]:
+    """`modules` of the model `name`, and the kept ones of its `formats.companion`."""
+    return {name: table} | {other: measured(other) for other in formats.companion(name)}

@@ -1,13 +1,16 @@
 """Formats on many texts: against LLM Compressor's own arithmetic, and by hand."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
+from safetensors.torch import load_file
 
-from helpers import ablation, checkpoint, formats
+from helpers import ablation, checkpoint, cost_plots, formats, plots
 from helpers.formats import FORMATS, Format, Losses
 
 
@@ -84,7 +87,11 @@ def test_one_question_has_one_figure(tiny, tiny_fp8):
     model, texts, _ = tiny
     name = formats.RECIPE.name
     mine = formats.measure(model, texts, {name: formats.format_arms(model)[name]})
-    stored = formats.measure(model, texts, {"W8A8": lambda: ablation.w8(model, tiny_fp8, True)})
+    held = load_file(tiny_fp8.path / "model.safetensors")
+    stored = formats.measure(model, texts, {"W8A8": lambda: ablation.applied(
+        model, ablation.targets(model),
+        lambda name, _: held[f"{name}.weight"].float() * held[f"{name}.weight_scale"].float(),
+        lambda _, x: ablation.rounded(x, "e4m3"))})
     assert mine.kl[name] == stored.kl["W8A8"] and min(stored.kl["W8A8"]) > 0
 
 
@@ -100,6 +107,27 @@ def test_a_table_says_what_cannot_be_told_apart():
                                          "better": "less", "other": "no"}
     assert table.loc["worse", "difference"] == pytest.approx(0.3 * base.mean())
     assert list(table["KL"]) == sorted(table["KL"])
+
+
+def test_kept_figures_stand_beside_a_models_own_where_there_are_any(tmp_path, monkeypatch):
+    kl = {formats.RECIPE.name: [0.1, 0.2], "other": [0.2, 0.4]}
+    share = {title: 1.0 for title in kl}
+    losses = Losses([10, 20], kl, share, share)
+    monkeypatch.setattr(formats, "MEASURED", tmp_path / "formats.json")
+    assert list(formats.beside("tiny-phi4", losses, "formats")) == ["tiny-phi4"]
+    entry = {"losses": {"tokens": [10], "kl": {formats.RECIPE.name: [0.3], "other": [0.1]},
+                        "top1": share, "sqnr": share}, "parts": {"formats": list(kl)}}
+    formats.MEASURED.write_text(json.dumps({"models": {"smollm2": entry}}))
+    assert list(formats.beside("smollm2", losses, "formats")) == ["smollm2"]
+    found = formats.beside("tiny-phi4", losses, "formats")
+    assert list(found) == ["tiny-phi4", "smollm2"]
+    assert found["tiny-phi4"].loc["other", "KL"] == pytest.approx((0.2 * 10 + 0.4 * 20) / 30)
+    assert found["smollm2"].loc[formats.RECIPE.name, "KL"] == 0.3
+    drawn = []
+    monkeypatch.setattr(plots, "show", lambda figure, alt: drawn.append(len(figure.axes)))
+    for tables in (found, formats.beside("smollm2", losses, "formats")):
+        cost_plots.differences(tables, formats.RECIPE.name)
+    assert drawn == [2, 1]
 
 
 def test_tied_weights_are_put_back(tiny, tiny_base):
