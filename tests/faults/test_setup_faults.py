@@ -277,7 +277,8 @@ def test_a_damaged_stamp(copy, stamp, happened):
 @pytest.mark.parametrize("home", [None, "", "/nonexistent", "/etc/hostname"])
 def test_no_home(home, happened):
     environ = {k: v for k, v in os.environ.items() if k != "HOME"}
-    said = subprocess.run(["make", "--eval", "show: ; @echo $$HOME", "show"], cwd=REPO, text=True,
+    said = subprocess.run(["make", "--no-print-directory", "--eval", "show: ; @echo $$HOME",
+                          "show"], cwd=REPO, text=True,
                           env=environ | ({} if home is None else {"HOME": home}),
                           capture_output=True, check=True).stdout
     assert said.strip() == str(REPO / "workspace" / "home")
