@@ -56,9 +56,18 @@ SMOLLM2 = Profile(
 
 
 def tiny() -> Profile:
-    """The bundled model, its sizes read from its own file."""
+    """The bundled model, its sizes read from its own file.
+
+    It comes with a manifest: without it, or damaged, it is a `WorkbookError`.
+    """
+    try:
+        found = checkpoint.finished(workspace.data("tiny_phi4"))
+    except WorkbookError as damage:
+        raise WorkbookError(damage.what, damage.meaning,
+                            "Bring the bundled model back: `git checkout "
+                            "data/tiny_phi4`, or clone the workbook again.") from None
     return _of_directory(
-        checkpoint.verified(workspace.data("tiny_phi4")), name="tiny-phi4",
+        found, name="tiny-phi4",
         title="the bundled model of Phi-4's architecture", repo="bundled/tiny-phi4", licence="MIT",
         source="bundled", task="tiny_gsm8k")
 

@@ -186,6 +186,10 @@ def refresh() -> int:
 
 
 def main(arguments: list[str]) -> int:
+    if len(arguments) > 2:
+        print(f"ONLY takes one notebook's number, and not {' '.join(arguments[1:])!r}: "
+              "make run ONLY=05, for instance.", file=sys.stderr)
+        return 1
     try:
         return {"run": run, "refresh": refresh}[arguments[0]](*arguments[1:])
     except NotebookStopped as error:

@@ -161,3 +161,8 @@ def test_a_notebook_that_hangs_or_runs_nothing_or_is_missing_fails(tmp_path):
     assert "02_empty.ipynb ended without having run all its code." in result.stdout
     assert "03_dies.ipynb: Kernel died" in result.stdout
     assert "= 3 failed, 1 passed" in result.stdout
+
+
+def test_more_than_one_notebook_after_only_is_a_sentence(capsys):
+    assert run_notebooks.main(["run", "00", "99"]) == 1
+    assert "ONLY takes one notebook's number, and not '00 99'" in capsys.readouterr().err

@@ -331,3 +331,20 @@ def test_damaged_sums(tmp_workspace, tiny_base, tmp_path, content, happened):
     assert checkpoint.verified(place).fingerprint == before
     assert json.loads((workspace.root() / "sums.json").read_text())
     happened("the sums are taken again")
+
+
+@pytest.mark.fault("the bundled model damaged, or its manifest deleted")
+@pytest.mark.parametrize("loss", ["manifest", "byte", "folder"])
+def test_the_bundled_model_is_never_taken_damaged(loss, tmp_path, monkeypatch, happened):
+    place = tmp_path / "tiny_phi4"
+    if loss != "folder":
+        shutil.copytree(workspace.data("tiny_phi4"), place)
+    if loss == "manifest":
+        (place / workspace.MANIFEST).unlink()
+    if loss == "byte":
+        workspace.flip_a_bit(place / "model.safetensors")
+    monkeypatch.setattr(workspace, "data", lambda *parts: tmp_path.joinpath(*parts))
+    with pytest.raises(WorkbookError, match="tiny_phi4") as said:
+        models.tiny()
+    assert "git checkout data/tiny_phi4" in said.value.remedy
+    happened(said.value)
