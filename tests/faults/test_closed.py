@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -164,7 +165,8 @@ def test_a_deployed_server_asks_for_the_key(tiny_base, tmp_path, happened):
                for w in command] + flags() + ["--api-server-count", "2"]
     environment = {**os.environ, **serving.ENVIRONMENT, "VLLM_API_KEY": key,
                    "KEY_GUARD": guard.removeprefix("KEY_GUARD="),
-                   "PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(tmp_path),
+                   "PATH": f"{tmp_path}:{os.environ['PATH']}",
+                   "TMPDIR": tempfile.gettempdir(),  # short enough for a socket's name
                    "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with open(tmp_path / "log", "wb") as log:
         process = subprocess.Popen(["sh", *command], env=environment, stdout=log, stderr=log,
@@ -261,7 +263,7 @@ def test_nothing_for_this_machine_goes_to_a_proxy(proxy, tmp_workspace, tiny_fp8
         divergence.read(server, "fp8", [("1 + 1 =", " 2")])
         assert client.session(server.api_key).get(f"{server.url}/metrics").ok
         with throughput.benchmark() as measure:
-            measure(server, throughput.benchmark_flags(output_tokens=4))
+            measure(server, throughput.Work(generated_tokens=4))
         health = deployment.HEALTH.replace(str(deployment.PORT), str(port_of(server.url)))
         assert subprocess.run([sys.executable, "-c", health]).returncode == 0
         for process in serving.processes(server)[1:]:  # vLLM's own; the supervisor asks nobody

@@ -195,7 +195,6 @@ def test_a_user_that_the_system_does_not_know(tmp_path, tiny_base, happened):
     place.chmod(0o777)
     environment = {name: value for name, value in os.environ.items()
                    if name not in ("HOME", "USER", "LOGNAME")}
-    before = set(workspace.repo().iterdir())
     try:
         done = subprocess.run(
             [*as_nobody, sys.executable, "-c", NOBODY, tiny_base.path], cwd=workspace.repo(),
@@ -204,7 +203,7 @@ def test_a_user_that_the_system_does_not_know(tmp_path, tiny_base, happened):
         assert "ANSWER" in done.stdout, done.stdout[-1500:] + done.stderr[-3000:]
     finally:
         subprocess.run(["rm", "-rf", place], check=True)
-    assert set(workspace.repo().iterdir()) == before  # no folder called ~
+    assert not (workspace.repo() / "~").exists()
     happened("it serves")
 
 
