@@ -53,7 +53,10 @@ def root() -> Path:
     """The workspace: PHI4_FP8_WORKSPACE, or `workspace` in the repository; made if not there."""
     where = resolved(os.environ.get(VARIABLE) or "workspace")
     with writing(where, "The workspace holds all that the notebooks make."):
-        where.mkdir(parents=True, exist_ok=True)
+        try:
+            where.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as refused:  # a file system that makes no folders, such as /proc
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM)) from refused
     return where
 
 

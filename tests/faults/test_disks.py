@@ -188,3 +188,12 @@ def test_a_long_name(tmp_path, monkeypatch, happened):
     with pytest.raises(WorkbookError, match="cannot be written: File name too long") as said:
         workspace.root()
     happened(said.value)
+
+
+@pytest.mark.fault("a workspace where the system makes no folders")
+def test_a_workspace_in_proc(monkeypatch, happened):
+    monkeypatch.setenv(workspace.VARIABLE, "/proc/workspace")
+    with pytest.raises(WorkbookError, match="/proc/workspace cannot be written") as said:
+        workspace.root()
+    assert "PHI4_FP8_WORKSPACE" in said.value.remedy
+    happened(said.value)
