@@ -14,12 +14,12 @@ export HOME := $(shell if [ -d "$$HOME" ] && [ -w "$$HOME" ]; then echo "$$HOME"
 
 .DEFAULT_GOAL := help
 .PHONY: help setup preflight run lab test test-faults test-smollm2 test-browser test-gpu test-isa lint \
-	notebooks full-size bench-cpu lock clean
+	notebooks full-size bench-cpu measure-formats lock clean
 
 # A line "## group" heads the targets below it, and "target: ... ## words" describes one.
 help:
 	@sed -nE 's/^## (.*)/\n\1/p; s/^([a-z0-9-]+):.*## (.*)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) \
-		| expand -t 16
+		| expand -t 18
 
 ## For a reader
 
@@ -36,7 +36,7 @@ lab: setup  ## open the notebooks in JupyterLab
 	@.venv/bin/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks \
 		$(if $(filter 0,$(shell id -u)),--allow-root)
 
-run: setup  ## run every notebook in order; ONLY=05 runs one
+run: setup  ## run every notebook in order; ONLY=06 or ONLY=a1 runs one
 	@.venv/bin/python scripts/run_notebooks.py run $(ONLY)
 
 ## For an instructor
@@ -53,6 +53,10 @@ test-gpu: setup  ## what only a GPU can show; each says why where it cannot run
 bench-cpu: setup  ## FP8 on this CPU beside bf16 and others, on three models (16 minutes)
 	@PYTHONPATH=. .venv/bin/python scripts/bench_cpu.py
 
+measure-formats: setup  ## what each number format costs two models, and short sums (half an hour)
+	@PYTHONPATH=. .venv/bin/python scripts/measure_formats.py
+	@PYTHONPATH=. .venv/bin/python scripts/measure_accumulation.py
+
 full-size: setup  ## quantize a random checkpoint of Phi-4's size (45 GB of disk), and time it
 	@PYTHONPATH=. .venv/bin/python scripts/full_size.py
 
@@ -62,10 +66,10 @@ notebooks: export CUDA_VISIBLE_DEVICES =
 notebooks: setup  ## run the notebooks on the CPU and write them back with their outputs
 	@.venv/bin/python scripts/run_notebooks.py refresh
 
-test-smollm2: setup  ## notebooks 01 to 04 on SmolLM2-135M, out of a Python package of 93 MB
+test-smollm2: setup  ## notebooks 01 to 05 on SmolLM2-135M, out of a Python package of 93 MB
 	@.venv/bin/python scripts/run_tests.py smollm2
 
-test-browser: setup  ## notebooks 00 and 03 in JupyterLab and Chromium; screenshots in build/
+test-browser: setup  ## all notebooks in JupyterLab, controls of 00 and 03 turned; screenshots
 	@.venv/bin/python scripts/browser.py
 
 test-isa: setup  ## the CPU kernels' tests and a served answer, as each kind of CPU

@@ -68,7 +68,7 @@ def nearest_e4m3_to_0_3(answer) -> None:
 
 
 def rounded_per_token(answer) -> None:
-    """Notebook 03: a function that rounds activations to E4M3 with a scale for each token."""
+    """Notebook 04: a function that rounds activations to E4M3 with a scale for each token."""
     import torch
 
     from helpers import ablation
@@ -85,7 +85,7 @@ def rounded_per_token(answer) -> None:
 
 
 def mode_of_capability(answer) -> None:
-    """Notebook 04: a function from compute capability to the arithmetic of this checkpoint."""
+    """Notebook 05: a function from compute capability to the arithmetic of this checkpoint."""
     from helpers import hardware
 
     expected = {"gpu-w8a8": "W8A8", "gpu-w8a16": "W8A16", "none": None}
@@ -99,22 +99,27 @@ def mode_of_capability(answer) -> None:
 
 
 def stderr_of_93(answer) -> None:
-    """Notebook 05: the sample standard error of 93 right in 100."""
+    """Notebook 06: the sample standard error of 93 right in 100."""
     right, n = 93, 100
     value = math.sqrt(right * (n - right) / n**2 / (n - 1))
     _say(answer, _near(value, 0.002), "Variance p(1 - p) n / (n - 1), over n; then its root.")
 
 
 def h100_expected(answer) -> None:
-    """Notebook 06: tokens/s of FP8 Phi-4 on an H100 SXM at the A40's share of the ceiling."""
+    """Notebook 07: tokens/s of FP8 Phi-4 on an H100 SXM at the A40's share of the ceiling."""
     from helpers import roofline
 
     value = 0.67 * 3350e9 / roofline.decode_bytes(_phi4(), "fp8")
     _say(answer, _near(value, 0.02), "The ceiling is 3350 / 14.66 tokens/s; take 67 % of it.")
 
 
+def bits_in_groups_of_256(answer) -> None:
+    """Notebook 08: bits per weight of W4A16 with a bf16 scale for every 256 weights."""
+    _say(answer, _near(4 + 16 / 256, 0.001), "4 bits of its own, and its share of a 16-bit scale.")
+
+
 def red_hats_advice(answer) -> None:
-    """Notebook 07: the most GPUs for one layer, up to 8, and the longest context, up to 32,768."""
+    """Notebook 09: the most GPUs for one layer, up to 8, and the longest context, up to 32,768."""
     from helpers import deployment
 
     phi4 = _phi4()
@@ -126,6 +131,6 @@ def red_hats_advice(answer) -> None:
 
 
 def same_work(answer) -> None:
-    """Notebook 07: which measurements may stand beside the published one."""
+    """Notebook 09: which measurements may stand beside the published one."""
     _say(answer, lambda letters: set(letters) == {"a"},
          "The same model, dataset, protocol and rows; which of the four has all of them?")

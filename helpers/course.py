@@ -82,9 +82,9 @@ class Course:
              f"{bf16} {where if both else 'GPU memory and RAM together'}"),
             ("02 quantize", fp8, f"{size(way.ram)} RAM" + (", streamed" if way.streams else "")),
             ("03 inspect", "nothing", "one tensor at a time"),
-            ("04 serve", "a log", f"{fp8} {where} and the KV cache"),
-            ("05 gsm8k", "a few MB of answers", served),
-            ("06 throughput", "a log", served),
+            ("05 serve", "a log", f"{fp8} {where} and the KV cache"),
+            ("06 gsm8k", "a few MB of answers", served),
+            ("07 throughput", "a log", served),
         ]
         return pd.DataFrame(rows, columns=["notebook", "writes to disk", "weights in memory"])
 
@@ -98,7 +98,7 @@ class Course:
         )
 
     def measure_what_is_missing(self) -> None:
-        """Run the measurements of notebooks 05 and 06 that the ledger lacks for this model."""
+        """Run the measurements of notebooks 06 and 07 that the ledger lacks for this model."""
         lacking = [e for e in ("gsm8k", "throughput")
                    if any(ledger.latest(e, arm, self.profile.name) is None
                           for arm in models.arms(self.profile, self.machine))]

@@ -1,6 +1,6 @@
 """FP8 on a CPU beside everything else that could run the same model: its arms, and its records.
 
-`make bench-cpu` (`scripts/bench_cpu.py`) measures them; the README and notebook 06 show what it
+`make bench-cpu` (`scripts/bench_cpu.py`) measures them; the README and notebook 07 show what it
 recorded on one machine.
 """
 

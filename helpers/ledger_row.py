@@ -9,7 +9,8 @@ import re
 from collections.abc import Sequence
 
 SCHEMA = 2  # 1 had "path" for "mode"; such rows are read as well
-EXPERIMENTS = ("quantize", "serve", "gsm8k", "throughput", "bench-cpu")
+EXPERIMENTS = ("quantize", "scales", "serve", "gsm8k", "noise-floor", "throughput",
+               "bench-cpu")
 ARMS = ("bf16", "fp8", "q8_0")
 FIELDS = {"schema": int, "id": str, "time": str, "experiment": str, "arm": str, "model": dict,
           "mode": str, "kernel": str, "checkpoint": str, "work": dict, "metrics": dict,

@@ -200,26 +200,64 @@ def concurrency(rounds: DataFrame) -> None:
 
 
 def throughput_rounds(speed: DataFrame) -> None:
-    """Tokens/s of the arms, round by round; `speed`: index round, columns "bf16", "fp8", or one."""
+    """FP8's tokens/s over bf16's, round by round, with the median's interval.
+
+    `speed`: index round, columns "bf16" and "fp8"; of one arm alone its tokens/s are shown.
+    """
     from helpers import stats
 
-    figure, axis = canvas()
-    for arm in speed:
-        axis.plot(speed.index, speed[arm], "o-", color=COLOURS[arm], label=arm)
-        axis.axhline(speed[arm].median(), color=COLOURS[arm], lw=1, ls=":")
+    figure, axis = canvas(height=3.2)
     axis.set_xticks(speed.index)
-    axis.set_ylim(bottom=0)
     axis.set_xlabel("round")
-    axis.set_ylabel("tokens/s, one stream")
-    axis.legend(frameon=False, title="median dotted")
-    title = "One stream, FP8 alone"
-    words = f"Tokens per second of {_names(speed.columns)} over {len(speed)} rounds"
-    if len(speed.columns) == 2:
-        ratio = stats.ratio_by_round(speed["fp8"], speed["bf16"])
-        title = f"One stream, FP8 over bf16: {stats.brief(ratio)}"
-        words += f"; FP8 over bf16 is {stats.in_words(ratio)}"
-    axis.set_title(title, loc="left")
-    show(figure, f"{words}.")
+    if len(speed.columns) < 2:
+        (arm,) = speed
+        axis.plot(speed.index, speed[arm], "o", color=COLOURS[arm])
+        axis.set_ylabel("tokens/s, one stream")
+        axis.set_title(f"One stream, {TITLES[arm]} alone", loc="left")
+        show(figure, f"Tokens per second of {TITLES[arm]} over {len(speed)} rounds.")
+        return
+    ratio = stats.ratio_by_round(speed["fp8"], speed["bf16"])
+    axis.axhspan(ratio.low, ratio.high, color=FP8, alpha=0.15, lw=0,
+                 label="95 % interval of the median")
+    axis.axhline(ratio.value, color=FP8, lw=1, ls=":", label="median")
+    axis.plot(speed.index, speed["fp8"] / speed["bf16"], "o", color=FP8, label="one round")
+    axis.axhline(1, color=BF16, lw=1)
+    axis.annotate("as fast as bf16", (1, 1), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                  textcoords="offset points", ha="right", color=BF16)
+    axis.margins(y=0.15)
+    axis.set_ylabel("FP8's tokens/s over bf16's")
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.set_title(f"One stream, FP8 over bf16: {stats.brief(ratio)}", loc="left")
+    show(figure, f"FP8's tokens per second over bf16's in each of {len(speed)} rounds: "
+                 f"{stats.in_words(ratio)}.")
+
+
+def kl_against_bytes(table: DataFrame) -> None:
+    """What a scheme costs against what it reads; `table`: `schemes.beside`.
+
+    The schemes whose KL is not known share a band over their bytes.
+    """
+    figure, axis = canvas(width=9)
+    known, unknown = table[table["KL"].notna()], table[table["KL"].isna()]
+    read = unknown["GB read per token"]
+    axis.axvspan(read.min(), read.max(), color=GREY, alpha=0.25, lw=0)
+    axis.annotate("not measured here:\n" + "\n".join(read.sort_values().index),
+                  (read.min(), 0.95), xycoords=("data", "axes fraction"), xytext=(-6, 0),
+                  textcoords="offset points", ha="right", va="top", color=GREY)
+    for name, line in known.iterrows():
+        colour = BF16 if name == "bf16" else FP8 if "FP8" in name else THIRD
+        place = line["GB read per token"], line["KL"]
+        axis.plot(*place, "o", color=colour)
+        axis.annotate(f"{name}", place, xytext=(8, 4), textcoords="offset points")
+    axis.set_xlim(0, 1.1 * table["GB read per token"].max())
+    axis.set_ylim(-0.05 * known["KL"].max(), 1.15 * known["KL"].max())
+    axis.set_xlabel("GB read per token of Phi-4")
+    axis.set_ylabel("KL from the unquantized model,\nnats per token (SmolLM2-135M)")
+    axis.set_title("What does a scheme cost, and what does it read?", loc="left")
+    show(figure, "KL over GB read per token: " + "; ".join(
+        f"{name} {line['GB read per token']:.1f} GB, "
+        + (f"{line['KL']:.5f} nats" if name in known.index else "KL not measured")
+        for name, line in table.iterrows()) + ".")
 
 
 def _names(arms) -> str:

@@ -1,16 +1,30 @@
-"""Measured beside published: the workbook's closing table, from the ledger and `data/published`.
+"""The workbook's closing tables, from the ledger and `data/published`.
 
-`python -m helpers.report` prints it; with `--readme` it rewrites the README's results from
+First what this machine shows of FP8 (`helpers.verdicts` has the rules), then measured beside
+published. A published figure gets the verdict "agrees" or "differs" only where the work was the
+same; those that were not measured share one line, which says how many they are and how to get them.
+`python -m helpers.report` prints both; with `--readme` it rewrites the README's results from
 `data/measured`.
 """
 
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from helpers import WorkbookError, cpu_bench, hardware, ledger, ledger_row, models, stats, workspace
+from helpers import (
+    WorkbookError,
+    cpu_bench,
+    hardware,
+    ledger,
+    ledger_row,
+    models,
+    stats,
+    verdicts,
+    workspace,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +35,7 @@ PHI4 = {"microsoft/phi-4", "NyxKrage/Microsoft_Phi-4"}
 # Of a claim's work: its name, how its figure is read, and a length that no prompt of it reaches.
 NOT_COMPARED = ("filter", "version", "benchmark", "max_model_len")
 SCALE = {"percent right": 0.01}
+NOT_HERE = "not measured here"
 
 
 def measured_beside_published(rows: list[dict] | None = None,
@@ -49,6 +64,28 @@ def measured_beside_published(rows: list[dict] | None = None,
             "verdict": _verdict(row, claim),
         })
     return pd.DataFrame(table)
+
+
+def compared(table: "pd.DataFrame") -> "pd.DataFrame":
+    """The rows of `measured_beside_published` that have a verdict, the same work on both sides."""
+    return table[table["verdict"] != NOT_HERE].reset_index(drop=True)
+
+
+def left_over(table: "pd.DataFrame") -> str:
+    """One sentence of the published figures that were not measured: how many, and how to get them.
+
+    "" where all of `measured_beside_published` have a verdict.
+    """
+    left = table.loc[table["verdict"] == NOT_HERE, "published claim"]
+    if left.empty:
+        return ""
+    speeds = int(left.str.contains("per second").sum())
+    scores = len(left) - speeds
+    many = "all" if len(left) == len(table) else f"{len(left)} of the"
+    return (f"Not measured here: {many} {len(table)} published figures ({scores} gsm8k scores, "
+            f"{speeds} speeds). They are of Phi-4 itself: run notebooks 06 and 07 on a GPU that "
+            "holds it, with `whole = True` in 06 for all 1,319 questions, and on an A40 for "
+            "the speeds.")
 
 
 def _latest(rows: list[dict], claim: dict, profile: str | None) -> dict | None:
@@ -110,7 +147,7 @@ def _measured(row: dict, claim: dict) -> str:
 
 def _verdict(row: dict | None, claim: dict) -> str:
     if row is None or not _same_work(row, claim):
-        return "not measured here"
+        return NOT_HERE
     _, low, high = _metric(row, claim)
     inside = low <= claim["value"] * SCALE.get(claim["unit"], 1) <= high
     return "agrees" if inside else "differs"
@@ -129,9 +166,21 @@ def readme_results() -> str:
     return "\n\n".join(
         f"On {title}, from " + " and ".join(
             f"[`{file.name}`](data/measured/{file.name})" for file in files) + ":\n\n"
-        + measured_beside_published(ledger.merge(files)).map(ledger_row.as_markdown).to_markdown(
-            index=False)
-        for title, files in machines.items())
+        + _as_markdown(ledger.merge(files)) for title, files in machines.items())
+
+
+def _as_markdown(rows: list[dict]) -> str:
+    """Both closing tables of one machine's rows, verdicts for each profile that is known."""
+    names = {row["model"]["profile"] for row in rows}
+    known = (models.PHI4, models.PHI4_MINI, models.SMOLLM2, models.tiny())
+    beside = measured_beside_published(rows)
+    tables = {f"Of {each.title}:": verdicts.of_this_machine(each, rows)
+              for each in known if each.name in names}
+    if len(same := compared(beside)):
+        tables["Of what was published:"] = same
+    parts = [f"{title}\n\n{table.map(ledger_row.as_markdown).to_markdown(index=False)}"
+             for title, table in tables.items()]
+    return "\n\n".join([*parts, left_over(beside)]).strip()
 
 
 def readme_bench() -> str:
@@ -162,16 +211,27 @@ def main(arguments: list[str]) -> int:
         if arguments == ["--readme"]:
             write_readme()
             return 0
-        chosen = models.choose(hardware.detect()).name
-        table = measured_beside_published(profile=chosen)
+        profile = models.choose(hardware.detect())
+        here = verdicts.of_this_machine(profile)
+        beside = measured_beside_published(profile=profile.name)
     except WorkbookError as error:
         print(error, file=sys.stderr)
         return 1
-    print(tabulate(table, headers="keys", showindex=False, tablefmt="simple_grid",
-                   maxcolwidths=[24, 9, 26, 22, 9]))
-    print("agrees, differs: the same model, task, rows and hardware as published. not measured "
-          "here:\nother work, which proves nothing about the published figure, either way.")
+    print(f"FP8 on this machine, of {profile.title}:")
+    print(_grid(here, [23, 23, 25, 16]))
+    if len(same := compared(beside)):
+        print(_grid(same, [24, 9, 26, 22, 9]))
+        print("agrees, differs: the same model, task, rows and hardware as published.")
+    print(textwrap.fill(left_over(beside), 100))
     return 0
+
+
+def _grid(table: "pd.DataFrame", widths: list[int]) -> str:
+    """A table of texts for a terminal, each column wrapped at its width."""
+    columns = zip(table.columns, widths, strict=True)
+    wrapped = {name: [textwrap.fill(text, width) for text in table[name]]
+               for name, width in columns}
+    return tabulate(wrapped, headers="keys", tablefmt="simple_grid", disable_numparse=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Execute the notebooks in order: `run [05]` into build/, `refresh` back into notebooks/."""
+"""Execute the notebooks in order: `run [05]` into build/, `refresh` back into notebooks/.
+
+00 to 09, then the appendix a1; `run a1` executes that alone.
+"""
 
 import contextlib
 import os
@@ -18,6 +21,7 @@ from notebook_outputs import clean, code_cells
 REPO = Path(__file__).resolve().parent.parent
 NOTEBOOKS = REPO / "notebooks"
 BUILD = REPO / "build"
+NAMED = "[0-9a][0-9]_*.ipynb"  # 00 to 09, then the appendix: in the order of their names
 MEASURED = REPO / "data" / "measured" / "cpu-tiny-phi4.jsonl"
 
 
@@ -27,7 +31,7 @@ class NotebookStopped(Exception):
 
 def notebooks(only: str = "") -> list[Path]:
     """The notebooks in order, or the ones whose name begins with `only`."""
-    found = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+    found = sorted(NOTEBOOKS.glob(NAMED))
     chosen = [path for path in found if path.name.startswith(only)]
     if not chosen:
         names = ", ".join(path.name[:2] for path in found) or "none at all"
@@ -136,13 +140,12 @@ def page(executed: list[Path]) -> str:
         for cell in nb.cells:
             cell.id = f"{path.stem[:2]}-{cell.id}"
             if cell.cell_type == "markdown":
-                cell.source = re.sub(r"\]\((\d\d_\w+)\.ipynb(#[^)]*)?\)", r"](#\1)", cell.source)
-                cell.source = cell.source.replace("](glossary.md)", "](#glossary)")
+                cell.source = within(cell.source)
         whole.cells += nb.cells
         for mime, state in nb.metadata.get("widgets", {}).items():
             merged = whole.metadata.setdefault("widgets", {}).setdefault(mime, state)
             merged["state"].update(state["state"])
-    words = re.sub(r"\]\((\w+)\.ipynb\)", r"](#\1)", (NOTEBOOKS / "glossary.md").read_text())
+    words = within((NOTEBOOKS / "glossary.md").read_text())
     whole.cells.append(nbformat.v4.new_markdown_cell(f'<hr><a id="glossary"></a>\n\n{words}'))
     contents.append("- [Glossary](#glossary)")
     heading = "# The Phi-4 FP8 workbook\n\n" + "\n".join(contents)
@@ -152,12 +155,19 @@ def page(executed: list[Path]) -> str:
         whole, resources=name)[0]
 
 
+def within(source: str) -> str:
+    """Markdown with its links to notebooks and glossary made links within the one page."""
+    source = re.sub(r"\]\(([0-9a]\d_\w+)\.ipynb(#[^)]*)?\)", r"](#\1)", source)
+    return re.sub(r"\]\(glossary\.md(#[^)]*)?\)", "](#glossary)", source)
+
+
 def run(only: str = "") -> int:
-    """Execute into build/notebooks/, write build/workbook.html, print the closing table."""
+    """Execute into build/notebooks/, write build/workbook.html, print the closing tables."""
     chosen, started = notebooks(only), time.monotonic()
     for i, path in enumerate(chosen, start=1):
         execute(path, BUILD / "notebooks" / path.name, f"[{i}/{len(chosen)}] {path.name}")
-    write(BUILD / "workbook.html", page(sorted((BUILD / "notebooks").glob("[0-9]*.ipynb"))))
+    executed = [BUILD / "notebooks" / path.name for path in notebooks()]  # also by an earlier run
+    write(BUILD / "workbook.html", page([path for path in executed if path.exists()]))
     print(f"\n{len(chosen)} notebook(s) in {time.monotonic() - started:.0f} s. Executed: "
           "build/notebooks/; all on one page: build/workbook.html\n", flush=True)
     return subprocess.run([sys.executable, "-m", "helpers.report"], cwd=REPO).returncode

@@ -1,6 +1,6 @@
 """Every notebook and every test under pytest, in a workspace of their own.
 
-With the word `smollm2`: notebooks 01 to 04 on SmolLM2-135M-Instruct, and the tests of its making.
+With the word `smollm2`: notebooks 01 to 05 on SmolLM2-135M-Instruct, and the tests of its making.
 """
 
 import os
@@ -124,7 +124,7 @@ def main(words: list[str]) -> int:
         workspace = BUILD / "smollm2"
         for made in ("checkpoints", "ledger.jsonl"):  # the model stays: it is fetched once
             shutil.rmtree(workspace / made, ignore_errors=True)
-        return run(notebooks()[1:5], REPO / "tests" / "smollm2", workspace)
+        return run(notebooks()[1:6], REPO / "tests" / "smollm2", workspace)
     os.environ.setdefault("PHI4_FP8_PROFILE", "tiny-phi4")
     shutil.rmtree(BUILD / "test", ignore_errors=True)
     return run(notebooks(), REPO / "tests", BUILD / "test")

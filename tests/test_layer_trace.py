@@ -48,6 +48,26 @@ def test_it_is_this_layers_and_no_others(received, tiny_fp8):
                               atol=float(scale.max()) / 64)
 
 
+@pytest.mark.parametrize("numerics", ["", "w8a8"])
+def test_random_inputs_tell_the_arithmetics_apart(tiny_fp8, monkeypatch, numerics):
+    """What notebook 05 calls the proof; told to compute W8A8, a CPU's kernel is found to do so."""
+    mode = hardware.serving_mode(hardware.detect())
+    if numerics and mode.device != "cpu":
+        pytest.skip("PHI4_FP8_CPU_NUMERICS is for CPUs")
+    monkeypatch.setenv("PHI4_FP8_CPU_NUMERICS", numerics)
+    codes, scale = stored(tiny_fp8)
+    x = torch.randn(16, codes.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = layer_trace.received(tiny_fp8, DOWN, serving.default_flags(models.tiny(), mode), x).product
+    s_x = x.float().abs().amax(dim=1, keepdim=True) / 448
+    codes_x = (x.float() / s_x).to(torch.float8_e4m3fn).float()
+    products = {"w8a16": x.float() @ (codes * scale).T, "w8a8": s_x * codes_x @ (codes * scale).T}
+    far = {name: float((y.float() - product).norm() / product.norm())
+           for name, product in products.items()}
+    expected = numerics or mode.title[:5].lower().strip()
+    other = "w8a16" if expected == "w8a8" else "w8a8"
+    assert far[expected] < 0.005 and far[other] > 0.015
+
+
 def test_a_module_that_is_not_there_is_a_sentence(tiny_fp8):
     with pytest.raises(WorkbookError, match="no FP8 module model.layers.9.nothing"):
         layer_trace.received(tiny_fp8, "model.layers.9.nothing", [])

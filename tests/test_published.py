@@ -105,7 +105,7 @@ def test_lm_eval_has_the_tasks_that_the_readme_names():
     text = (PUBLISHED / "README.md").read_text()
     named = re.findall(r"^\| \w+ \| `(\w+)` \|", text, flags=re.M)
     assert len(named) == 6
-    notebook = (REPO / "notebooks" / "07_report_and_publish.ipynb").read_text()
+    notebook = (REPO / "notebooks" / "09_report_and_publish.ipynb").read_text()
     assert all(f'\\"{name}\\"' in notebook for name in named)
     tasks = Path(lm_eval.tasks.__file__).parent
     folders = [str(tasks / name) for name in

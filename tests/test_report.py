@@ -1,4 +1,4 @@
-"""The closing table: a verdict only where the work was the same."""
+"""The closing tables: a published figure gets a verdict only where the work was the same."""
 
 import pytest
 from conftest import REPO
@@ -71,6 +71,34 @@ def test_a_speed_is_compared_on_the_same_gpu_only(tmp_path, gpu, verdict):
                 hardware={"gpus": [gpu], "cpu": "", "cores": 8},
                 output_tok_s=32, output_tok_s_min=31, output_tok_s_max=33)]
     assert verdicts(rows, source="Output tokens per second on an A40, fp8")["verdict"] == verdict
+
+
+def test_what_was_not_measured_is_one_line_that_says_how_many_and_how():
+    table = report.measured_beside_published([])
+    assert report.compared(table).empty
+    line = report.left_over(table)
+    assert line.startswith("Not measured here: all 8 published figures (6 gsm8k scores, 2 speeds).")
+    assert "notebooks 06 and 07 on a GPU" in line and "A40" in line and "\n" not in line
+
+
+def test_what_was_measured_is_a_table_and_the_rest_the_line(tmp_path):
+    rows = [row(tmp_path, **{"strict-match": 0.93, "flexible-extract": 0.8})]  # 100 rows, FP8
+    table = report.measured_beside_published(rows)
+    assert list(report.compared(table)["verdict"]) == ["differs", "agrees"]
+    assert "6 of the 8 published figures (4 gsm8k scores, 2 speeds)" in report.left_over(table)
+    table["verdict"] = "agrees"
+    assert report.left_over(table) == ""
+
+
+def test_the_end_of_a_run_shows_verdicts_and_the_line(tmp_workspace, monkeypatch, capsys):
+    monkeypatch.setenv(models.VARIABLE, "tiny-phi4")
+    ledger.record("quantize", "fp8", {}, {"bytes_after": 3_956_224}, mode="cpu-w8a16", kernel="",
+                  model=models.model_info(models.tiny()))
+    assert report.main([]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("3,956,224 bytes") == 2 and "as predicted" in printed
+    assert "all 8 published figures" in printed
+    assert max(len(line) for line in printed.splitlines()) <= 100
 
 
 def test_the_readme_holds_the_table_of_the_committed_measurements():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import notebook_outputs
@@ -77,22 +78,43 @@ def test_an_interrupted_run_says_so_and_leaves_no_kernel(tmp_path):
 
 def test_only_chooses_by_number_and_an_unknown_one_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(run_notebooks, "NOTEBOOKS", tmp_path)
-    for name in ("00_a", "05_b"):
+    for name in ("a1_c", "05_b", "00_a", "notes"):
         write(tmp_path / f"{name}.ipynb", "1")
-    assert [path.name for path in run_notebooks.notebooks("05")] == ["05_b.ipynb"]
-    with pytest.raises(run_notebooks.NotebookStopped, match="'09'. There are: 00, 05."):
+    every = ["00_a.ipynb", "05_b.ipynb", "a1_c.ipynb"]  # the appendix comes last
+    assert [path.name for path in run_notebooks.notebooks()] == every
+    for only, name in zip(("00", "05", "a1"), every, strict=True):
+        assert [path.name for path in run_notebooks.notebooks(only)] == [name]
+    with pytest.raises(run_notebooks.NotebookStopped, match="'09'. There are: 00, 05, a1."):
         run_notebooks.notebooks("09")
+
+
+def test_the_page_has_no_notebook_that_is_gone(tmp_path, monkeypatch):
+    """One of an older workbook, left in build/, say."""
+    monkeypatch.setattr(run_notebooks, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(run_notebooks, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(run_notebooks.subprocess, "run", lambda *_, **__: SimpleNamespace(
+        returncode=0))
+    monkeypatch.setattr(run_notebooks, "execute", lambda *_: None)
+    (tmp_path / "build").mkdir()
+    for name in ("notebooks/00_a", "build/notebooks/00_a", "build/notebooks/04_gone"):
+        write(tmp_path / f"{name}.ipynb", "1")
+    (tmp_path / "notebooks" / "glossary.md").write_text("")
+    assert run_notebooks.run("00") == 0
+    page = (tmp_path / "build" / "workbook.html").read_text()
+    assert "Title of 00_a" in page and "Title of 04_gone" not in page
 
 
 def test_one_page_of_all_notebooks_with_working_links(tmp_path):
     first = write(tmp_path / "00_a.ipynb", "print('first words')")
-    second = write(tmp_path / "01_b.ipynb", "1 + 1")
+    second, last = (write(tmp_path / name, "1 + 1") for name in ("01_b.ipynb", "a1_c.ipynb"))
     nb = nbformat.read(first, as_version=4)
-    nb.cells[0].source += "\n\nNext: [the second](01_b.ipynb), [words](glossary.md)"
+    nb.cells[0].source += ("\n\nNext: [the second](01_b.ipynb), [words](glossary.md#words), "
+                           "[appendix](a1_c.ipynb#end)")
     nb.cells[1].outputs = [new_output("stream", name="stdout", text="first words\n")]
     nbformat.write(nb, first)
-    html = run_notebooks.page([first, second])
+    html = run_notebooks.page([first, second, last])
     assert html.count('href="#01_b"') == 2 and 'id="01_b"' in html  # contents, and the link
+    assert html.count('href="#a1_c"') == 2 and 'id="a1_c"' in html
     assert html.count('href="#glossary"') == 2 and html.count('id="glossary"') == 1
     assert "the largest magnitude among" in html and 'href="#00_start_here"' in html
     assert "Title of 00_a" in html and "first words\n" in html

@@ -57,7 +57,8 @@ def test_channel_errors_and_maps_are_those_of_the_whole_tensors(tiny_base, tiny_
     assert torch.allclose(found[0].double(), weight.square().sum(1), rtol=1e-5)
     assert torch.allclose(found[1].double(), noise, rtol=1e-4)
     spread = scales.spread_map(tiny_fp8)
-    assert spread.shape == (4, 4)
+    assert list(spread) == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]  # as a layer runs
+    assert list(spread.index) == [0, 1, 2, 3]
     assert spread.loc[0, "down_proj"] == pytest.approx(float(scale.max() / scale.min()))
     n = scales.MAP_ROWS
     expected = 10 * torch.log10(weight[:n].square().sum() / noise[:n].sum())

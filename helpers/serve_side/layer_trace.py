@@ -1,8 +1,9 @@
-"""What vLLM's chosen kernel holds of one layer, once the checkpoint has been loaded for serving.
+"""What vLLM's chosen kernel makes of one layer, once the checkpoint has been loaded for serving.
 
 A kernel may keep its weights packed in an order of its own, so they are not read but asked for:
-the product with the identity matrix has the rebuilt weights for its rows. The notebook's process
-starts the second half of this file in `.venv-serve`; a file brings the answer back.
+the product with the identity matrix has the rebuilt weights for its rows, and the product with
+other inputs shows the arithmetic. The notebook's process starts the second half of this file in
+`.venv-serve`; files bring the question there and the answer back.
 """
 
 import subprocess
@@ -14,27 +15,30 @@ from pathlib import Path
 from helpers import WorkbookError, server_log, serving, workspace
 from helpers.checkpoint import Checkpoint
 
-ROWS = 1024  # of the identity matrix multiplied at once
+ASKED = "asked.safetensors"  # the input, beside the answer
+ROWS = 1024  # of the input multiplied at once
 
 
 @dataclass(frozen=True)
 class Received:
     """`kernel`: its class; `scale`: the scales as it holds them, float32, in its own order;
-    `product`: what it makes of the identity matrix, bfloat16 [in, out]."""
+    `product`: what it makes of the input, bfloat16 [rows, out]."""
 
     kernel: str
     scale: object
     product: object
 
 
-def received(fp8: Checkpoint, module: str, flags: list[str]) -> Received:
+def received(fp8: Checkpoint, module: str, flags: list[str], x=None) -> Received:
     """What the kernel that vLLM chooses for `module` holds after loading the checkpoint `fp8`.
 
-    `flags`: as `serving.VllmServer` gets them. vLLM is started for this, with no server, and is
-    gone afterwards. Raises `WorkbookError` when the checkpoint has no such module, or vLLM cannot
-    load it, or knows the module by another name.
+    `flags`: as `serving.VllmServer` gets them; `x`: what it is to multiply, a bfloat16 tensor
+    [rows, in], or the identity matrix where none is given. vLLM is started for this, with no
+    server, and is gone afterwards. Raises `WorkbookError` when the checkpoint has no such module,
+    or vLLM cannot load it, or knows the module by another name.
     """
     from safetensors import safe_open
+    from safetensors.torch import save_file
 
     if f"{module}.weight_scale" not in fp8.by_name:
         raise WorkbookError(f"{fp8.name} has no FP8 module {module}.",
@@ -44,6 +48,8 @@ def received(fp8: Checkpoint, module: str, flags: list[str]) -> Received:
     env = serving.environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "received.safetensors"
+        if x is not None:
+            save_file({"x": x}, Path(folder) / ASKED)
         ran = subprocess.run(
             [serving.serve_python(), "-m", "helpers.serve_side.layer_trace", file, module,
              "--model", fp8.path, "--enforce-eager", *flags],
@@ -61,21 +67,21 @@ def received(fp8: Checkpoint, module: str, flags: list[str]) -> Received:
 
 
 def _ask(model, module: str, file: str) -> None:
-    """Multiply the identity matrix by one layer of vLLM's model; write what comes out to `file`."""
+    """Multiply the input by one layer of vLLM's model; write what comes out to `file`."""
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
     layer = model.get_submodule(module)
     kernel = next(type(part).__name__ for part in vars(layer.scheme).values()
                   if type(part).__name__.endswith("Kernel"))
-    size = layer.input_size_per_partition
+    asked = Path(file).parent / ASKED
+    if asked.exists():
+        x = load_file(asked)["x"]
+    else:
+        x = torch.eye(layer.input_size_per_partition, dtype=torch.bfloat16)
     with torch.inference_mode():
-        rows = []
-        for start in range(0, size, ROWS):
-            x = torch.zeros(min(ROWS, size - start), size, dtype=torch.bfloat16,
-                            device=layer.weight.device)
-            x[:, start:].fill_diagonal_(1)
-            rows.append(layer.scheme.apply_weights(layer, x).cpu())
+        rows = [layer.scheme.apply_weights(layer, some.to(layer.weight.device)).cpu()
+                for some in x.split(ROWS)]
     save_file({"product": torch.cat(rows), "scale": layer.weight_scale.float().flatten().cpu()},
               file, {"kernel": kernel})
 

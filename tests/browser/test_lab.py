@@ -1,6 +1,7 @@
-"""Notebooks 00 and 03 in a real JupyterLab and a real Chromium: every control, both themes.
+"""The notebooks in a real JupyterLab and a real Chromium; 00 and 03 with every control and theme.
 
-`make test-browser` runs this in .venv-browser. The notebooks are copies in build/browser; what a
+All others are opened as they are committed, and not run. `make test-browser` runs this in
+.venv-browser. The notebooks are copies in build/browser; what a
 reader sees is left in build/screenshots.
 """
 
@@ -22,7 +23,8 @@ from playwright.sync_api import expect, sync_playwright
 REPO = Path(__file__).resolve().parent.parent.parent
 PLACE, SCREENSHOTS = REPO / "build" / "browser", REPO / "build" / "screenshots"
 RUN_LIMIT = 300  # seconds for a notebook; 03 takes about one minute on two quiet cores
-NAMES = ("00_start_here", "03_inspect_the_scales")
+NAMES = ("00_start_here", "03_inspect_the_scales")  # run, and turned
+EVERY = sorted(path.stem for path in (REPO / "notebooks").glob("*.ipynb"))
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +41,8 @@ def lab():
             if cell["cell_type"] == "code":
                 cell |= {"outputs": [], "execution_count": None}
         (PLACE / "notebooks" / f"{name}.ipynb").write_text(json.dumps(blank))
+    shutil.copytree(REPO / "notebooks", PLACE / "notebooks" / "committed",
+                    ignore=shutil.ignore_patterns(".*", "__pycache__"))
     token = secrets.token_urlsafe(24)
     own = {f"JUPYTER_{kind}_DIR": str(PLACE / kind.lower()) for kind in ("CONFIG", "DATA",
                                                                          "RUNTIME")}
@@ -86,13 +90,7 @@ def chromium():
 def page(request, lab, chromium):
     """A notebook, opened with the token and run to its end by the Run menu."""
     (url, token), name = lab, request.param
-    page = chromium.new_page(viewport={"width": 1440, "height": 900})
-    page.name, page.complaints, page.foreign = name, [], []
-    page.on("console", lambda said: said.type == "error" and page.complaints.append(
-        f"{said.text} ({said.location.get('url')})"))
-    page.on("pageerror", lambda error: page.complaints.append(str(error)))
-    page.on("request", lambda request: request.url.startswith(("http", "ws"))
-            and not request.url.startswith(url) and page.foreign.append(request.url))
+    page = watched(chromium, url, name)
     # A workspace of its own: the other notebook's tab would be opened again beside it.
     page.goto(f"{url}lab/workspaces/{name}/tree/{name}.ipynb?token={token}")
     page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=60_000)
@@ -104,6 +102,18 @@ def page(request, lab, chromium):
     idle(page)
     yield page
     page.close()
+
+
+def watched(chromium, url: str, name: str):
+    """A new page that keeps what its console complains of and what it asks of other places."""
+    page = chromium.new_page(viewport={"width": 1440, "height": 900})
+    page.name, page.complaints, page.foreign = name, [], []
+    page.on("console", lambda said: said.type == "error" and page.complaints.append(
+        f"{said.text} ({said.location.get('url')})"))
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.on("request", lambda request: request.url.startswith(("http", "ws"))
+            and not request.url.startswith(url) and page.foreign.append(request.url))
+    return page
 
 
 def idle(page) -> None:
@@ -265,3 +275,19 @@ def test_text_is_readable_in_both_themes_and_nothing_is_cut_off(page, theme):
 def test_nothing_complained_and_nothing_left_this_machine(page):
     assert page.complaints == []
     assert page.foreign == []
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_notebook_opens(lab, chromium, name):
+    """Its title, its first cells in a picture, nothing complained of, nothing fetched elsewhere."""
+    url, token = lab
+    page = watched(chromium, url, name)
+    page.goto(f"{url}lab/workspaces/open-{name}/tree/committed/{name}.ipynb?token={token}",
+              wait_until="domcontentloaded", timeout=60_000)
+    source = json.loads((REPO / "notebooks" / f"{name}.ipynb").read_text())["cells"][0]["source"]
+    title = "".join(source).splitlines()[0].removeprefix("# ")
+    heading = page.locator(".jp-Notebook .jp-MarkdownOutput h1").first
+    expect(heading).to_contain_text(title, timeout=60_000)
+    page.screenshot(path=SCREENSHOTS / f"{name}-opened.png")
+    assert page.complaints == [] and page.foreign == []
+    page.close()

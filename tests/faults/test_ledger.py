@@ -15,7 +15,17 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from small_disk import mounted
 
-from helpers import WorkbookError, card, course, ledger, ledger_row, models, report, workspace
+from helpers import (
+    WorkbookError,
+    card,
+    course,
+    ledger,
+    ledger_row,
+    models,
+    report,
+    verdicts,
+    workspace,
+)
 
 REPO = workspace.repo()
 MODEL = models.model_info(models.PHI4)
@@ -85,10 +95,13 @@ def body_of_page(folder, texts: list[str]) -> BeautifulSoup:
     for text in texts:
         rows = hostile_rows(folder / "ledger.jsonl", text)
         table = report.measured_beside_published(rows)
+        here = verdicts.of_this_machine(models.PHI4, rows)
         made = str(card.model_card(models.PHI4, rows)).partition("\n---\n")[2]
         outputs += [{"text/markdown": made},
                     {"text/markdown": table.map(ledger_row.as_markdown).to_markdown()},
                     {"text/html": table._repr_html_()},
+                    {"text/markdown": here.map(ledger_row.as_markdown).to_markdown()},
+                    {"text/html": here._repr_html_()},
                     {"text/html": ledger.table(rows)._repr_html_()}]
     nb = new_notebook(cells=[new_code_cell("show()", outputs=[
         new_output("display_data", data=data) for data in outputs])])

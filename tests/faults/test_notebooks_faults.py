@@ -1,4 +1,4 @@
-"""Faults that a reader can provoke in notebooks 00 to 03, or with what is turned in them."""
+"""Faults that a reader can provoke in notebooks 00 to 04, or with what is turned in them."""
 
 import dataclasses
 import json

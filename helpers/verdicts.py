@@ -1,0 +1,134 @@
+"""Verdicts on this machine: what was expected of FP8, what was measured, and what that shows.
+
+Each row is made from the newest fitting rows of one profile in the ledger, by a rule:
+
+- **bytes**: the checkpoint's, against those that its base's tensors predict. "as predicted" where
+  they are equal, else "differs".
+- **scales**: codes and scales that notebook 03 made anew. "as predicted" where all modules are
+  identical to the bit, else "differs".
+- **kernel**: the one that vLLM's log names, against the one of the serving mode. "as predicted"
+  where it is that one, else "differs".
+- **accuracy**, once for each number of questions: "lower" or "higher" where McNemar's exact test of
+  the questions lost and gained gives p < 0.05. If not, "within the noise" where no more of them
+  changed than notebook 06 saw change when bf16 ran again in another batch size; else "not told
+  apart".
+- **speed** of one stream: "faster" or "slower" where the rounds of one arm all lie beyond those of
+  the other, else "not told apart".
+
+"not measured yet" stands where the ledger has no such row, with the notebook that makes it.
+"""
+
+from typing import TYPE_CHECKING
+
+from helpers import ledger, ledger_row, stats
+from helpers.models import Profile
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PREDICTED, DIFFERS, APART = "as predicted", "differs", "not told apart"
+NOISE, MISSING = "within the noise", "not measured yet"
+ALPHA = 0.05
+# What vLLM 0.32 names in its log for this checkpoint, by serving mode.
+KERNELS = {"gpu-w8a8": "CutlassFP8ScaledMMLinearKernel",
+           "gpu-w8a16": "MarlinFP8ScaledMMLinearKernel",
+           "cpu-w8a16": "CpuFp8W8A16LinearKernel", "cpu-unpacked": "CpuFp8W8A16LinearKernel"}
+SPEED = ("output_tok_s", "output_tok_s_min", "output_tok_s_max")
+
+
+def of_this_machine(profile: Profile, rows: list[dict] | None = None) -> "pd.DataFrame":
+    """One row for each question that this machine can answer of a profile.
+
+    `rows`: ledger rows, the workspace's ledger by default. A DataFrame of strings with columns
+    what, expected, measured, verdict; the module's docstring has the rules.
+    """
+    import pandas as pd
+
+    rows = ledger.read() if rows is None else rows
+    rows = [row for row in rows if row["model"]["profile"] == profile.name]
+    found = [_bytes(rows, profile), _scales(rows), _kernel(rows), *_accuracy(rows), _speed(rows)]
+    return pd.DataFrame(found, columns=["what", "expected", "measured", "verdict"])
+
+
+def _newest(rows: list[dict], experiment: str, arm: str = "fp8", work: tuple = (),
+            metrics: tuple = ()) -> dict | None:
+    return next((row for row in reversed(rows)
+                 if (row["experiment"], row["arm"]) == (experiment, arm)
+                 and ledger_row.holds(row, work, metrics)), None)
+
+
+def _bytes(rows: list[dict], profile: Profile) -> tuple[str, ...]:
+    what, expected = "size of the FP8 checkpoint", f"{profile.fp8_bytes:,} bytes"
+    row = _newest(rows, "quantize", metrics=("bytes_after",))
+    if row is None:
+        return what, expected, "notebook 02 measures it", MISSING
+    made = row["metrics"]["bytes_after"]
+    return what, expected, f"{made:,} bytes", PREDICTED if made == profile.fp8_bytes else DIFFERS
+
+
+def _scales(rows: list[dict]) -> tuple[str, ...]:
+    what = "codes and scales made again, to the bit"
+    row = _newest(rows, "scales", metrics=("identical", "modules"))
+    if row is None:
+        return what, "all modules", "notebook 03 measures it", MISSING
+    same, every = row["metrics"]["identical"], row["metrics"]["modules"]
+    return (what, f"{every} modules", f"{same} modules",
+            PREDICTED if same == every > 0 else DIFFERS)
+
+
+def _kernel(rows: list[dict]) -> tuple[str, ...]:
+    what = "kernel of the quantized layers"
+    served = [row for row in rows if row["arm"] == "fp8" and row["kernel"]]
+    if not served:
+        return what, "the serving mode's", "notebook 05 measures it", MISSING
+    row = served[-1]
+    expected = KERNELS.get(row["mode"], "none")
+    return what, expected, row["kernel"], PREDICTED if row["kernel"] == expected else DIFFERS
+
+
+def _accuracy(rows: list[dict]) -> list[tuple[str, ...]]:
+    """A row for each task and number of questions, the fewest first."""
+    scored = {(row["work"]["limit"], str(row["work"]["task"])): row for row in rows
+              if (row["experiment"], row["arm"]) == ("gsm8k", "fp8")
+              and ledger_row.holds(row, ("task", "limit"), ("lost", "gained"))}
+    if not scored:
+        return [("right answers, FP8 beside bf16", "no fewer", "notebook 06 measures it", MISSING)]
+    return [_paired(rows, row) for _, row in sorted(scored.items())]
+
+
+def _paired(rows: list[dict], row: dict) -> tuple[str, ...]:
+    lost, gained = (int(row["metrics"][name]) for name in ("lost", "gained"))
+    noise = _noise(rows, row["work"])
+    if lost + gained > row["work"]["limit"] or min(lost, gained) < 0:
+        verdict = MISSING  # such a row counts nothing that can be
+    elif stats.mcnemar(lost, gained) < ALPHA:
+        verdict = "lower" if lost > gained else "higher"
+    else:
+        verdict = NOISE if noise is not None and lost + gained <= noise else APART
+    beside = "" if noise is None else f"; bf16 again: {noise} changed"
+    return (f"right answers of {row['work']['limit']:,}, FP8 beside bf16", "no fewer",
+            f"{lost} lost, {gained} gained{beside}", verdict)
+
+
+def _noise(rows: list[dict], work: dict) -> int | None:
+    """How many answers changed at most when bf16 did the same work again; None if unknown."""
+    same = [row["metrics"]["flips"] for row in rows
+            if (row["experiment"], row["arm"]) == ("noise-floor", "bf16")
+            and ledger_row.holds(row, ("task", "limit"), ("flips",))
+            and all(row["work"][key] == work[key] for key in ("task", "limit"))]
+    return int(max(same)) if same else None
+
+
+def _speed(rows: list[dict]) -> tuple[str, ...]:
+    what, expected = "tokens/s of one stream, FP8 beside bf16", "no slower"
+    single = [row for row in rows if row["work"].get("concurrency") == 1]
+    fp8 = _newest(single, "throughput", work=("output_tokens",), metrics=SPEED)
+    bf16 = fp8 and _newest([row for row in single if row["work"] == fp8["work"]], "throughput",
+                           "bf16", metrics=SPEED)
+    if not bf16:
+        return what, expected, "notebook 07 measures it", MISSING
+    (value, low, high), (base, least, most) = (
+        [row["metrics"][name] for name in SPEED] for row in (fp8, bf16))
+    verdict = "faster" if low > most else "slower" if high < least else APART
+    return (what, expected, f"{value:,.0f} ({low:,.0f} to {high:,.0f}) beside {base:,.0f} "
+            f"({least:,.0f} to {most:,.0f})", verdict)

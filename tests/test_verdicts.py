@@ -1,0 +1,99 @@
+"""The verdicts on this machine: each rule, at both sides of its border."""
+
+import pytest
+
+from helpers import ledger, models, verdicts
+
+TINY = models.tiny()
+GSM8K = {"task": "tiny_gsm8k", "limit": 100}
+ONE = {"output_tokens": 500, "concurrency": 1}
+
+
+@pytest.fixture
+def add(tmp_path):
+    def add(experiment, arm="fp8", work=None, metrics=None, kernel="", mode="cpu-w8a16",
+            profile=TINY):
+        ledger.record(experiment, arm, work or {}, metrics or {}, mode=mode, kernel=kernel,
+                      model=models.model_info(profile), ledger=tmp_path / "ledger.jsonl")
+    return add
+
+
+@pytest.fixture
+def verdict(tmp_path):
+    def verdict(what):
+        table = verdicts.of_this_machine(TINY, ledger.read(tmp_path / "ledger.jsonl"))
+        (row,) = table[table["what"].str.contains(what, regex=False)].to_dict("records")
+        return row["verdict"]
+    return verdict
+
+
+def test_an_empty_ledger_names_the_notebooks_that_measure():
+    table = verdicts.of_this_machine(TINY, [])
+    assert set(table["verdict"]) == {"not measured yet"}
+    assert [text.split()[1] for text in table["measured"]] == ["02", "03", "05", "06", "07"]
+
+
+@pytest.mark.parametrize("made, said", [(0, "as predicted"), (1, "differs")])
+def test_the_size_is_held_to_the_byte(add, verdict, made, said):
+    add("quantize", metrics={"bytes_after": 3_956_224 + made})  # 16 Linears in 8 bits, and scales
+    assert verdict("size") == said
+
+
+@pytest.mark.parametrize("identical, modules, said", [
+    (16, 16, "as predicted"), (15, 16, "differs"), (0, 0, "differs")])
+def test_every_module_must_be_identical(add, verdict, identical, modules, said):
+    add("scales", metrics={"identical": identical, "modules": modules})
+    assert verdict("codes and scales") == said
+
+
+@pytest.mark.parametrize("mode, kernel, said", [
+    ("cpu-w8a16", "CpuFp8W8A16LinearKernel", "as predicted"),
+    ("cpu-w8a16", "ChannelWiseTorchFP8ScaledMMLinearKernel", "differs"),
+    ("gpu-w8a8", "CutlassFP8ScaledMMLinearKernel", "as predicted"),
+    ("gpu-w8a8", "MarlinFP8ScaledMMLinearKernel", "differs"),
+    ("gpu-w8a16", "MarlinFP8ScaledMMLinearKernel", "as predicted")])
+def test_the_kernel_must_be_the_modes(add, verdict, mode, kernel, said):
+    add("gsm8k", "bf16", kernel="unquantized", mode=mode)
+    add("serve", kernel=kernel, mode=mode)
+    assert verdict("kernel") == said
+
+
+# 2 x 0.5^6 = 0.031 and 2 x 0.5^5 = 0.063: six is the fewest that p < 0.05 takes, all one way.
+@pytest.mark.parametrize("lost, gained, noise, said", [
+    (5, 0, None, "not told apart"), (6, 0, None, "lower"), (0, 6, None, "higher"),
+    (3, 2, 5, "within the noise"), (3, 3, 5, "not told apart"), (6, 0, 6, "lower"),
+    (0, 0, 0, "within the noise"), (0, 0, None, "not told apart")])
+def test_accuracy_against_mcnemar_and_the_noise_floor(add, verdict, lost, gained, noise, said):
+    add("gsm8k", work=GSM8K, metrics={"lost": lost, "gained": gained})
+    if noise is not None:
+        add("noise-floor", "bf16", work=GSM8K | {"concurrency": 8}, metrics={"flips": noise})
+        add("noise-floor", "bf16", work=GSM8K | {"concurrency": 16}, metrics={"flips": 0})
+    assert verdict("right answers of 100") == said
+
+
+def test_the_noise_of_other_work_is_not_this_ones(add, verdict):
+    add("gsm8k", work=GSM8K | {"limit": 1319}, metrics={"lost": 1, "gained": 0})
+    add("noise-floor", "bf16", work=GSM8K, metrics={"flips": 9})
+    assert verdict("right answers of 1,319") == "not told apart"
+
+
+@pytest.mark.parametrize("fp8, said", [
+    ((30, 26, 33), "faster"), ((30, 25, 33), "not told apart"), ((22, 20, 24), "not told apart"),
+    ((15, 14, 17), "slower")])
+def test_two_speeds_are_told_apart_where_no_round_overlaps(add, verdict, fp8, said):
+    names = ("output_tok_s", "output_tok_s_min", "output_tok_s_max")
+    add("throughput", "bf16", work=ONE, metrics=dict(zip(names, (20, 18, 25), strict=True)))
+    add("throughput", work=ONE | {"concurrency": 8}, metrics=dict.fromkeys(names, 900))
+    add("throughput", work=ONE, metrics=dict(zip(names, fp8, strict=True)))
+    assert verdict("tokens/s") == said
+
+
+def test_another_profiles_rows_are_not_this_ones(add, verdict):
+    add("quantize", metrics={"bytes_after": 1}, profile=models.PHI4)
+    assert verdict("size") == "not measured yet"
+
+
+@pytest.mark.parametrize("lost, gained", [(70, 70), (-1, 0), (float("nan"), 0)])
+def test_counts_that_cannot_be_get_no_verdict(add, verdict, lost, gained):
+    add("gsm8k", work=GSM8K, metrics={"lost": lost, "gained": gained})
+    assert verdict("right answers") == "not measured yet"
