@@ -12,9 +12,13 @@ export VLLM_NO_USAGE_STATS = 1
 export HOME := $(shell if [ -d "$$HOME" ] && [ -w "$$HOME" ]; then echo "$$HOME"; \
 	else echo "$(CURDIR)/workspace/home"; fi)
 
+HAVE_PYTHON = command -v $(PYTHON) >/dev/null || { echo "No Python was found. Install Python 3.11 or \
+	newer (on Debian or Ubuntu: apt install python3 python3-venv) and run the same command again." \
+	>&2; exit 1; }
+
 .DEFAULT_GOAL := help
-.PHONY: help setup preflight run lab test test-faults test-smollm2 test-browser test-gpu test-isa lint \
-	notebooks full-size bench-cpu measure-formats lock clean
+.PHONY: help doctor setup preflight run lab test test-faults test-smollm2 test-browser test-gpu \
+	test-isa lint notebooks full-size bench-cpu measure-formats lock clean
 
 # A line "## group" heads the targets below it, and "target: ... ## words" describes one.
 help:
@@ -23,10 +27,12 @@ help:
 
 ## For a reader
 
+doctor:  ## what this machine will be able to run, before anything is installed
+	@$(HAVE_PYTHON)
+	@$(PYTHON) scripts/doctor.py
+
 setup:  ## make the two environments, if they are not there
-	@command -v $(PYTHON) >/dev/null || { echo "No Python was found. Install Python 3.11 or newer \
-	(on Debian or Ubuntu: apt install python3 python3-venv) and run the same command again." >&2; \
-	exit 1; }
+	@$(HAVE_PYTHON)
 	@$(PYTHON) scripts/setup.py
 
 preflight: setup  ## what this machine is, and how it serves FP8

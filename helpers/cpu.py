@@ -1,5 +1,7 @@
 """What this machine's CPU can multiply, and whether vLLM's packed FP8 product runs on it."""
 
+from __future__ import annotations  # make doctor imports this on an old Python
+
 import os
 import platform
 from pathlib import Path
