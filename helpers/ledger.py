@@ -224,12 +224,17 @@ def open_llm_table() -> "pd.DataFrame":
 
 
 def card_table() -> "pd.DataFrame":
-    """What Microsoft says of Phi-4 in its card and its report, in short: a DataFrame by topic."""
+    """What Microsoft says of Phi-4 in its card and its report, in short: a DataFrame by topic.
+
+    Columns: what it says, source.
+    """
     import pandas as pd
 
     rows = [row for row in published() if row["unit"] == "statement"]
-    return pd.DataFrame({"what it says": [row["value"] for row in rows]},
-                        index=[row["claim"] for row in rows])
+    return pd.DataFrame({
+        "what it says": [row["value"] for row in rows],
+        "source": [row["source"]["title"].removeprefix("Microsoft, ") for row in rows],
+    }, index=[row["claim"] for row in rows])
 
 
 def _hardware() -> dict:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import psutil
 
-from helpers import WorkbookError, checkpoint, hardware, serving, workspace
+from helpers import WorkbookError, checkpoint, hardware, serving, stats, workspace
 from helpers.checkpoint import Checkpoint
 from helpers.hardware import ServingMode
 from helpers.models import Profile
@@ -150,14 +150,24 @@ def kernel(rounds: "pd.DataFrame", arm: str) -> str:
 
 
 def summary(rounds: "pd.DataFrame", arm: str, work: Work) -> dict[str, float]:
-    """An arm's medians over the rounds of `compare`, and the range of its throughput."""
-    same = {"arm": arm, "streams": work.streams, "prompt_tokens": work.prompt_tokens,
+    """An arm's medians over the rounds of `compare`, and the range of its throughput.
+
+    Where bf16 ran beside another arm, that one's also holds the ratio of the two, round by round
+    (`stats.ratio_by_round`): ratio, ratio_low, ratio_high.
+    """
+    same = {"streams": work.streams, "prompt_tokens": work.prompt_tokens,
             "generated_tokens": work.generated_tokens}
-    of_arm = rounds[(rounds[list(same)] == list(same.values())).all(axis="columns")]
+    of_work = rounds[(rounds[list(same)] == list(same.values())).all(axis="columns")]
+    of_arm = of_work[of_work["arm"] == arm]
     medians = of_arm[["output_tok_s", *LATENCIES]].median()
-    return {**{name: round(float(value), 3) for name, value in medians.items()},
-            "output_tok_s_min": round(float(of_arm["output_tok_s"].min()), 3),
-            "output_tok_s_max": round(float(of_arm["output_tok_s"].max()), 3)}
+    figures = {**{name: float(value) for name, value in medians.items()},
+               "output_tok_s_min": float(of_arm["output_tok_s"].min()),
+               "output_tok_s_max": float(of_arm["output_tok_s"].max())}
+    speed = of_work.pivot(index="round", columns="arm", values="output_tok_s")
+    if arm != "bf16" and "bf16" in speed:
+        ratio = stats.ratio_by_round(speed[arm], speed["bf16"])
+        figures |= {"ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high}
+    return {name: round(value, 3) for name, value in figures.items()}
 
 
 def order(arms: list[str], rounds: int) -> list[tuple[int, str]]:

@@ -6,14 +6,15 @@ Each row is made from the newest fitting rows of one profile in the ledger, by a
   they are equal, else "differs".
 - **scales**: codes and scales that notebook 03 made anew. "as predicted" where all modules are
   identical to the bit, else "differs".
-- **kernel**: the one that vLLM's log names, against the one of the serving mode. "as predicted"
-  where it is that one, else "differs".
+- **kernel**: the one that vLLM's log names, against the one of the serving mode, and which
+  arithmetic its output is nearer to, W8A16 or W8A8, against the mode's. "as predicted" where both
+  are the mode's, else "differs".
 - **accuracy**, once for each number of questions: "lower" or "higher" where McNemar's exact test of
   the questions lost and gained gives p < 0.05. If not, "within the noise" where no more of them
   changed than notebook 06 saw change when bf16 ran again in another batch size; else "not told
   apart".
-- **speed** of one stream: "faster" or "slower" where the rounds of one arm all lie beyond those of
-  the other, else "not told apart".
+- **speed** of one stream, FP8 over bf16 of the same round: "faster" where the 95 % interval of the
+  ratio lies above 1, "slower" where it lies below, else "not told apart".
 
 "not measured yet" stands where the ledger has no such row, with the notebook that makes it.
 """
@@ -29,11 +30,14 @@ if TYPE_CHECKING:
 PREDICTED, DIFFERS, APART = "as predicted", "differs", "not told apart"
 NOISE, MISSING = "within the noise", "not measured yet"
 ALPHA = 0.05
-# What vLLM 0.32 names in its log for this checkpoint, by serving mode.
-KERNELS = {"gpu-w8a8": "CutlassFP8ScaledMMLinearKernel",
-           "gpu-w8a16": "MarlinFP8ScaledMMLinearKernel",
-           "cpu-w8a16": "CpuFp8W8A16LinearKernel", "cpu-unpacked": "CpuFp8W8A16LinearKernel"}
-SPEED = ("output_tok_s", "output_tok_s_min", "output_tok_s_max")
+# What vLLM 0.32 names in its log for this checkpoint, and what that computes, by serving mode.
+KERNELS = {"gpu-w8a8": ("CutlassFP8ScaledMMLinearKernel", "W8A8"),
+           "gpu-w8a16": ("MarlinFP8ScaledMMLinearKernel", "W8A16"),
+           "cpu-w8a16": ("CpuFp8W8A16LinearKernel", "W8A16"),
+           "cpu-unpacked": ("CpuFp8W8A16LinearKernel", "W8A16")}
+# Notebook 05's relative distances of the kernel's output from either arithmetic.
+DISTANCES = {"from_w8a16": "W8A16", "from_w8a8": "W8A8"}
+RATIO = ("ratio", "ratio_low", "ratio_high")
 
 
 def of_this_machine(profile: Profile, rows: list[dict] | None = None) -> "pd.DataFrame":
@@ -77,13 +81,21 @@ def _scales(rows: list[dict]) -> tuple[str, ...]:
 
 
 def _kernel(rows: list[dict]) -> tuple[str, ...]:
-    what = "kernel of the quantized layers"
+    what = "kernel of the quantized layers, and its arithmetic"
     served = [row for row in rows if row["arm"] == "fp8" and row["kernel"]]
+    proved = [row for row in served if row["experiment"] == "serve"
+              and ledger_row.holds(row, (), DISTANCES)]
     if not served:
         return what, "the serving mode's", "notebook 05 measures it", MISSING
-    row = served[-1]
-    expected = KERNELS.get(row["mode"], "none")
-    return what, expected, row["kernel"], PREDICTED if row["kernel"] == expected else DIFFERS
+    row = (proved or served)[-1]
+    kernel, arithmetic = KERNELS.get(row["mode"], ("none", "none"))
+    as_said = row["kernel"] == kernel
+    measured = row["kernel"]
+    if proved:
+        far = {name: row["metrics"][key] for key, name in DISTANCES.items()}
+        measured += "; output " + ", ".join(f"{100 * far[name]:.1f} % from {name}" for name in far)
+        as_said = as_said and min(far, key=far.get) == arithmetic
+    return what, f"{kernel}, {arithmetic}", measured, PREDICTED if as_said else DIFFERS
 
 
 def _accuracy(rows: list[dict]) -> list[tuple[str, ...]]:
@@ -120,15 +132,11 @@ def _noise(rows: list[dict], work: dict) -> int | None:
 
 
 def _speed(rows: list[dict]) -> tuple[str, ...]:
-    what, expected = "tokens/s of one stream, FP8 beside bf16", "no slower"
+    what, expected = "tokens/s of one stream, FP8 over bf16", "no slower"
     single = [row for row in rows if row["work"].get("concurrency") == 1]
-    fp8 = _newest(single, "throughput", work=("output_tokens",), metrics=SPEED)
-    bf16 = fp8 and _newest([row for row in single if row["work"] == fp8["work"]], "throughput",
-                           "bf16", metrics=SPEED)
-    if not bf16:
+    row = _newest(single, "throughput", work=("output_tokens",), metrics=RATIO)
+    if row is None:
         return what, expected, "notebook 07 measures it", MISSING
-    (value, low, high), (base, least, most) = (
-        [row["metrics"][name] for name in SPEED] for row in (fp8, bf16))
-    verdict = "faster" if low > most else "slower" if high < least else APART
-    return (what, expected, f"{value:,.0f} ({low:,.0f} to {high:,.0f}) beside {base:,.0f} "
-            f"({least:,.0f} to {most:,.0f})", verdict)
+    value, low, high = (row["metrics"][name] for name in RATIO)
+    verdict = "faster" if low > 1 else "slower" if high < 1 else APART
+    return what, expected, f"{value:.2f}x ({low:.2f} to {high:.2f})", verdict

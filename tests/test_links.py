@@ -1,4 +1,7 @@
-"""What names a notebook names one that is there: links, headings, numbers in prose and code."""
+"""What leads a reader somewhere leads to what is there.
+
+Links and their anchors, numbers of notebooks in words, targets of make, tables of the README.
+"""
 
 import ast
 import re
@@ -8,11 +11,14 @@ import nbformat
 import pytest
 from conftest import REPO
 
+from helpers import models, verdicts
+
 NOTEBOOKS = REPO / "notebooks"
 STEMS = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 NUMBERS = {stem[:2] for stem in STEMS}
 PAGES = sorted([*NOTEBOOKS.glob("*.ipynb"), NOTEBOOKS / "glossary.md", REPO / "README.md",
-                *(REPO / "data").rglob("*.md")])
+                *(path for folder in ("data", "helpers", "training")
+                  for path in (REPO / folder).rglob("*.md"))])
 SOURCES = sorted([REPO / "Makefile", *REPO.glob("requirements/*.txt"), *(
     path for folder in ("helpers", "scripts", "tests", "training", "data")
     for path in (REPO / folder).rglob("*") if path.suffix in (".py", ".md"))])
@@ -95,6 +101,24 @@ def test_a_notebook_named_by_number_or_file_is_there(path):
         assert set(re.findall(r"[0-9a]\d", said)) <= NUMBERS, said
     for stem in re.findall(r"(?<![\w-])[0-9a]\d_[a-z0-9]+_\w+(?=\.ipynb|[\"'`])", whole):
         assert stem in STEMS, stem
+
+
+@pytest.mark.parametrize("path", [*PAGES, *SOURCES], ids=lambda path: str(path.relative_to(REPO)))
+def test_a_target_of_make_that_is_named_is_the_makefiles(path):
+    targets = re.findall(r"^([a-z0-9-]+):", (REPO / "Makefile").read_text(), re.M)
+    assert set(re.findall(r"`make ([a-z0-9-]+)", path.read_text())) <= set(targets)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(REPO)))
+def test_what_is_quoted_of_the_readme_stands_there(path):
+    for quoted in re.findall(r"README's \"([^\"]+)\"", text(path)):
+        assert quoted in (REPO / "README.md").read_text(), quoted
+
+
+def test_the_notebook_that_a_verdict_waits_for_records_its_figure():
+    waiting = verdicts.of_this_machine(models.tiny(), [])["measured"]
+    for number in {NAMED.findall(said)[0] for said in waiting}:
+        assert re.search(r"\w\.record\(", by_number(number).read_text()), number
 
 
 def test_each_check_says_which_notebook_asks_it():

@@ -90,6 +90,7 @@ def test_the_card_of_the_base_is_told_topic_by_topic():
                         ("Asked of deployers: disclosure", "AI system"),
                         ("Asked of deployers: filters", "classifiers")):
         assert word in table.loc[topic, "what it says"]
+    assert set(table["source"]) == {"Phi-4 model card", "Phi-4 technical report, sections 6 to 8"}
 
 
 def test_what_is_no_measurement_of_both_arms_stays_out_of_the_comparisons():
