@@ -41,7 +41,7 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("book")
     extra = notebook(
         folder / "ran", "a9_more.ipynb",
-        "# More\n\n## Words\n\n[First](00_start_here.ipynb), [none](77_not_run.ipynb), "
+        "# More\n\n## Words\n\n[First](00_start_here.ipynb), [none](77_gone.ipynb), "
         "[terms](glossary.md), [its heart](../helpers/fp8.py)\n\n"
         "$$\\texttt{a\\_b} = \\tfrac{m}{8}$$\n\n<details><summary>Solution</summary>\n\n"
         "```python\nanswer = 1\n```\n\n</details>",
