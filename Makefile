@@ -17,7 +17,7 @@ HAVE_PYTHON = command -v $(PYTHON) >/dev/null || { echo "No Python was found. In
 	>&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help doctor setup preflight run lab test test-faults test-smollm2 test-browser test-gpu \
+.PHONY: help doctor setup preflight run lab book test test-faults test-smollm2 test-browser test-gpu \
 	test-isa lint notebooks full-size bench-cpu measure-formats lock clean
 
 # A line "## group" heads the targets below it, and "target: ... ## words" describes one.
@@ -44,6 +44,9 @@ lab: setup  ## open the notebooks in JupyterLab
 
 run: setup  ## run every notebook in order; ONLY=06 or ONLY=a1 runs one
 	@.venv/bin/python scripts/run_notebooks.py run $(ONLY)
+
+book: setup  ## the executed notebooks as pages with navigation and search, in build/book/
+	@.venv/bin/python scripts/book.py
 
 ## For an instructor
 

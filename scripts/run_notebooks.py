@@ -5,7 +5,6 @@
 
 import contextlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -124,53 +123,15 @@ def shown(path: Path) -> str:
     return str(path.relative_to(REPO)) if path.is_relative_to(REPO) else str(path)
 
 
-def page(executed: list[Path]) -> str:
-    """One HTML page of executed notebooks, with contents and the glossary; links kept."""
-    from nbconvert import HTMLExporter
-
-    whole = nbformat.v4.new_notebook()
-    contents = []
-    for path in executed:
-        nb = read(path)
-        clean(nb, {})
-        title = next((line[2:] for cell in nb.cells for line in cell.source.splitlines()
-                      if line.startswith("# ")), path.stem)
-        contents.append(f"- [{title}](#{path.stem})")
-        whole.cells.append(nbformat.v4.new_markdown_cell(f'<hr><a id="{path.stem}"></a>'))
-        for cell in nb.cells:
-            cell.id = f"{path.stem[:2]}-{cell.id}"
-            if cell.cell_type == "markdown":
-                cell.source = within(cell.source)
-        whole.cells += nb.cells
-        for mime, state in nb.metadata.get("widgets", {}).items():
-            merged = whole.metadata.setdefault("widgets", {}).setdefault(mime, state)
-            merged["state"].update(state["state"])
-    words = within((NOTEBOOKS / "glossary.md").read_text())
-    whole.cells.append(nbformat.v4.new_markdown_cell(f'<hr><a id="glossary"></a>\n\n{words}'))
-    contents.append("- [Glossary](#glossary)")
-    heading = "# The Phi-4 FP8 workbook\n\n" + "\n".join(contents)
-    whole.cells.insert(0, nbformat.v4.new_markdown_cell(heading))
-    name = {"metadata": {"name": "The Phi-4 FP8 workbook"}}
-    return HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(
-        whole, resources=name)[0]
-
-
-def within(source: str) -> str:
-    """Markdown with its links to notebooks and glossary made links within the one page."""
-    source = re.sub(r"\]\(([0-9a]\d_\w+)\.ipynb(#[^)]*)?\)", r"](#\1)", source)
-    return re.sub(r"\]\(glossary\.md(#[^)]*)?\)", "](#glossary)", source)
-
-
 def run(only: str = "") -> int:
-    """Execute into build/notebooks/, write build/workbook.html, print the closing tables."""
+    """Execute into build/notebooks/, print the closing tables, make the book and name it."""
     chosen, started = notebooks(only), time.monotonic()
     for i, path in enumerate(chosen, start=1):
         execute(path, BUILD / "notebooks" / path.name, f"[{i}/{len(chosen)}] {path.name}")
-    executed = [BUILD / "notebooks" / path.name for path in notebooks()]  # also by an earlier run
-    write(BUILD / "workbook.html", page([path for path in executed if path.exists()]))
     print(f"\n{len(chosen)} notebook(s) in {time.monotonic() - started:.0f} s. Executed: "
-          "build/notebooks/; all on one page: build/workbook.html\n", flush=True)
-    return subprocess.run([sys.executable, "-m", "helpers.report"], cwd=REPO).returncode
+          "build/notebooks/\n", flush=True)
+    closing = ([sys.executable, "-m", "helpers.report"], [sys.executable, REPO / "scripts/book.py"])
+    return max(subprocess.run(command, cwd=REPO).returncode for command in closing)
 
 
 def refresh() -> int:

@@ -88,36 +88,22 @@ def test_only_chooses_by_number_and_an_unknown_one_is_told(monkeypatch, tmp_path
         run_notebooks.notebooks("09")
 
 
-def test_the_page_has_no_notebook_that_is_gone(tmp_path, monkeypatch):
-    """One of an older workbook, left in build/, say."""
+def test_a_run_ends_with_the_tables_and_names_the_book(tmp_path, monkeypatch, capfd):
+    """The book of what was just run: two programs, the worse status counts."""
     monkeypatch.setattr(run_notebooks, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setattr(run_notebooks, "BUILD", tmp_path / "build")
-    monkeypatch.setattr(run_notebooks.subprocess, "run", lambda *_, **__: SimpleNamespace(
-        returncode=0))
-    monkeypatch.setattr(run_notebooks, "execute", lambda *_: None)
-    (tmp_path / "build").mkdir()
-    for name in ("notebooks/00_a", "build/notebooks/00_a", "build/notebooks/04_gone"):
-        write(tmp_path / f"{name}.ipynb", "1")
-    (tmp_path / "notebooks" / "glossary.md").write_text("")
-    assert run_notebooks.run("00") == 0
-    page = (tmp_path / "build" / "workbook.html").read_text()
-    assert "Title of 00_a" in page and "Title of 04_gone" not in page
+    write(tmp_path / "notebooks" / "00_a.ipynb", "1")
+    said, ran = ["the tables", "the book"], []
 
+    def program(command, cwd):
+        ran.append(Path(command[-1]).name)
+        print(said[len(ran) - 1], flush=True)
+        return SimpleNamespace(returncode=len(ran) - 1)
 
-def test_one_page_of_all_notebooks_with_working_links(tmp_path):
-    first = write(tmp_path / "00_a.ipynb", "print('first words')")
-    second, last = (write(tmp_path / name, "1 + 1") for name in ("01_b.ipynb", "a1_c.ipynb"))
-    nb = nbformat.read(first, as_version=4)
-    nb.cells[0].source += ("\n\nNext: [the second](01_b.ipynb), [words](glossary.md#words), "
-                           "[appendix](a1_c.ipynb#end)")
-    nb.cells[1].outputs = [new_output("stream", name="stdout", text="first words\n")]
-    nbformat.write(nb, first)
-    html = run_notebooks.page([first, second, last])
-    assert html.count('href="#01_b"') == 2 and 'id="01_b"' in html  # contents, and the link
-    assert html.count('href="#a1_c"') == 2 and 'id="a1_c"' in html
-    assert html.count('href="#glossary"') == 2 and html.count('id="glossary"') == 1
-    assert "the largest magnitude among" in html and 'href="#00_start_here"' in html
-    assert "Title of 00_a" in html and "first words\n" in html
+    monkeypatch.setattr(run_notebooks.subprocess, "run", program)
+    assert run_notebooks.run() == 1
+    assert ran == ["helpers.report", "book.py"]
+    assert capfd.readouterr().out.splitlines()[-2:] == said
 
 
 # --- make notebooks -----------------------------------------------------------------------------
