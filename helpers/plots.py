@@ -129,12 +129,12 @@ def bytes_by_role(censuses: dict[str, DataFrame]) -> None:
     axis.set_yticks(range(len(censuses)), censuses)
     axis.invert_yaxis()
     axis.set_xlabel("share of the weights' bytes, %")
-    axis.set_title(f"At least {min(linear):.0f} % of the bytes are in Linear layers"
+    axis.set_title(f"Attention and MLP hold at least {min(linear):.0f} % of the bytes"
                    if min(linear) >= 50 else "Where are a model's bytes?", loc="left")
     handles = [Patch(color=colours[role], label=role) for role in roles]
     axis.legend(handles=handles, ncols=len(roles), loc="upper left", bbox_to_anchor=(0, -0.3),
                 frameon=False)
-    show(figure, "Stacked bars: share of bytes by role. In the Linear layers of attention and MLP: "
+    show(figure, "Stacked bars: share of bytes by role. In attention and MLP: "
                  + ", ".join(f"{share:.0f} % of {name}'s"
                              for name, share in zip(censuses, linear, strict=True)) + ".")
 

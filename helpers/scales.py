@@ -7,7 +7,7 @@ than a small one.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from helpers import WorkbookError, checkpoint
@@ -160,9 +160,14 @@ def _map(fp8: Checkpoint, value: Callable[[str], float]) -> DataFrame:
     table = {}
     for layer, short, module in modules(fp8):
         table.setdefault(short, {})[layer] = value(module)
-    order = [name for name in RUN_ORDER if name in table]  # others, of other models, come after
-    return pd.DataFrame(table)[order + [name for name in table if name not in order]].rename_axis(
-        index="layer", columns="module")
+    return pd.DataFrame(table)[in_run_order(table)].rename_axis(index="layer", columns="module")
+
+
+def in_run_order(names: Iterable[str]) -> list[str]:
+    """Short names of modules, each once, as a layer runs them; those of other models come after."""
+    names = list(dict.fromkeys(names))
+    order = [name for name in RUN_ORDER if name in names]
+    return order + [name for name in names if name not in order]
 
 
 def largest(scale: Tensor, count: int = 5) -> str:

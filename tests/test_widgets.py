@@ -127,15 +127,17 @@ def test_a_base_of_another_model_is_a_sentence(
     (other / workspace.MANIFEST).unlink()
     edit(other, {f"{DOWN}.weight": torch.ones(128, 768, dtype=torch.bfloat16)})
     shown = widgets.explorer(checkpoint.verified(other), tiny_fp8)
+    parts(shown)[0]["module"].value = "down_proj"
     for view in ("weights", "error"):
         parts(shown)[0]["view"].value = view
         assert "is [128, 768] in other and [256, 768] in" in parts(shown)[2]
     file = other / "model.safetensors"
     save_file({n: t for n, t in load_file(file).items() if n != f"{DOWN}.weight"}, file)
     shown = widgets.explorer(checkpoint.verified(other), tiny_fp8)
+    parts(shown)[0]["module"].value = "down_proj"
     parts(shown)[0]["view"].value = "weights"
     assert f"There is no tensor {DOWN}.weight in other" in parts(shown)[2]
-    assert len(pictures) == 2  # the scales, which need no base
+    assert len(pictures) == 4  # the scales, which need no base, of two modules each time
 
 
 def test_an_index_that_is_none_is_a_sentence(copy):

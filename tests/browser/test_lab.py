@@ -1,4 +1,4 @@
-"""The notebooks in a real JupyterLab and a real Chromium; 00 and 03 with every control and theme.
+"""The notebooks in a real JupyterLab and a real Chromium; 00, 01 and 03 with every control.
 
 All others are opened as they are committed, and not run. `make test-browser` runs this in
 .venv-browser. The notebooks are copies in build/browser; what a
@@ -23,7 +23,7 @@ from playwright.sync_api import expect, sync_playwright
 REPO = Path(__file__).resolve().parent.parent.parent
 PLACE, SCREENSHOTS = REPO / "build" / "browser", REPO / "build" / "screenshots"
 RUN_LIMIT = 300  # seconds for a notebook; 03 takes about one minute on two quiet cores
-NAMES = ("00_start_here", "03_inspect_the_scales")  # run, and turned
+NAMES = ("00_start_here", "01_load_phi4", "03_inspect_the_scales")  # run, and turned
 EVERY = sorted(path.stem for path in (REPO / "notebooks").glob("*.ipynb"))
 
 
@@ -128,7 +128,8 @@ def menu(page, *path: str) -> None:
         page.locator(".lm-Menu-item", has_text=re.compile(f"^{re.escape(entry)}")).first.click()
 
 
-START_HERE, SCALES = (pytest.mark.parametrize("page", [name], indirect=True) for name in NAMES)
+START_HERE, LOAD, SCALES = (pytest.mark.parametrize("page", [name], indirect=True)
+                            for name in NAMES)
 
 
 def explorer(page):
@@ -177,7 +178,7 @@ def test_the_slider_moves_the_scale(page, key, says):
     cell.screenshot(path=SCREENSHOTS / f"{page.name}-slider-{key}.png")
 
 
-@START_HERE
+@LOAD
 def test_the_menu_of_gpus_changes_sentence_and_table(page):
     cell = page.locator(".jp-CodeCell").filter(has_text="widgets.gpu_menu()")
     sentence, table = cell.locator(".widget-html-content"), cell.locator("table")
