@@ -9,6 +9,7 @@ import textwrap
 from dataclasses import dataclass
 
 from helpers import (
+    check,
     evaluation,
     hardware,
     hub,
@@ -64,6 +65,10 @@ class Course:
                             if (row["experiment"], row["arm"]) == (experiment, "bf16"))
         print(f"This compares two arms, and bf16 does not fit this machine. Published: {figures}.")
         return False
+
+    def progress(self):
+        """By notebook: which tasks are done, and with how many hints; a DataFrame."""
+        return check.progress()
 
     def plan(self):
         """Disk and memory that each step needs in this mode, as a DataFrame of strings."""
