@@ -17,7 +17,7 @@ HAVE_PYTHON = command -v $(PYTHON) >/dev/null || { echo "No Python was found. In
 	>&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help doctor setup preflight run lab book editions test test-faults test-smollm2 \
+.PHONY: help doctor setup preflight run lab book slides editions test test-faults test-smollm2 \
 	test-browser test-gpu test-isa lint notebooks full-size bench-cpu measure-formats lock clean
 
 # A line "## group" heads the targets below it, and "target: ... ## words" describes one.
@@ -49,6 +49,9 @@ book: setup  ## the executed notebooks as pages with navigation and search, in b
 	@.venv/bin/python scripts/book.py
 
 ## For an instructor
+
+slides: setup  ## workshop/slides.ipynb as one HTML file, build/slides.html
+	@.venv/bin/python scripts/slides.py
 
 editions: setup  ## build/student without solutions; build/solutions, solved and run; ONLY=06
 	@.venv/bin/python scripts/editions.py $(ONLY)
