@@ -9,7 +9,7 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 SOURCE = nbformat.read(slides.WORKSHOP / "slides.ipynb", as_version=4)
-NAMES = re.compile(r"Phi-4|FP8|bf16|E4M3|INT8|W8A16|W8A8|W4A16|[Nn]otebooks? 0\d(,? and 0\d|, 0\d)*")
+NAMES = re.compile(r"Phi-4|FP8|bf16|E4M3|INT8|W8A16|W8A8|W4A16|[Nn]otebook 0\d")
 
 
 def kind(cell) -> str:
