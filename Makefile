@@ -17,8 +17,8 @@ HAVE_PYTHON = command -v $(PYTHON) >/dev/null || { echo "No Python was found. In
 	>&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help doctor setup preflight run lab book test test-faults test-smollm2 test-browser test-gpu \
-	test-isa lint notebooks full-size bench-cpu measure-formats lock clean
+.PHONY: help doctor setup preflight run lab book slides editions test test-faults test-smollm2 \
+	test-browser test-gpu test-isa lint notebooks full-size bench-cpu measure-formats lock clean
 
 # A line "## group" heads the targets below it, and "target: ... ## words" describes one.
 help:
@@ -38,8 +38,8 @@ setup:  ## make the two environments, if they are not there
 preflight: setup  ## what this machine is, and how it serves FP8
 	@.venv/bin/python -m helpers.preflight
 
-lab: setup  ## open the notebooks in JupyterLab
-	@.venv/bin/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks \
+lab: setup  ## open the notebooks in JupyterLab; EDITION=student opens build/student
+	@.venv/bin/jupyter lab --ip=127.0.0.1 --notebook-dir=$(if $(EDITION),build/$(EDITION),notebooks) \
 		$(if $(filter 0,$(shell id -u)),--allow-root)
 
 run: setup  ## run every notebook in order; ONLY=06 or ONLY=a1 runs one
@@ -49,6 +49,12 @@ book: setup  ## the executed notebooks as pages with navigation and search, in b
 	@.venv/bin/python scripts/book.py
 
 ## For an instructor
+
+slides: setup  ## workshop/slides.ipynb as one HTML file, build/slides.html
+	@.venv/bin/python scripts/slides.py
+
+editions: setup  ## build/student without solutions; build/solutions, solved and run; ONLY=06
+	@.venv/bin/python scripts/editions.py $(ONLY)
 
 test: setup  ## check a machine before a course: every test, and every notebook
 	@.venv/bin/python scripts/run_tests.py

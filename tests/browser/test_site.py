@@ -1,4 +1,4 @@
-"""The book in a real Chromium, out of its folder, with no network: pages, search, pictures."""
+"""The book and the slides in a real Chromium, out of their folder, with no network."""
 
 import os
 import re
@@ -17,13 +17,13 @@ def index():
     """The address of a fresh book's first page: a file's."""
     subprocess.run([REPO / ".venv" / "bin" / "python", REPO / "scripts" / "book.py"], check=True,
                    cwd=REPO)
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     return (SITE / "index.html").as_uri()
 
 
 @pytest.fixture
 def page():
     """A page without a network that fails the test when it asks for more than files, or errs."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     wrong, flags = [], ["--no-sandbox"] if os.geteuid() == 0 else []  # as in test_lab
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=os.environ["CHROMIUM"], args=flags)
@@ -59,3 +59,19 @@ def test_every_page_opens_and_is_no_wider_than_the_window(index, page):
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), address
         assert page.evaluate("[...document.images].every(each => each.naturalWidth > 0)"), address
         page.screenshot(path=SCREENSHOTS / f"book-{Path(address).stem}.png")
+
+
+def test_every_slide_fits_its_page(page):
+    subprocess.run([REPO / ".venv" / "bin" / "python", REPO / "scripts" / "slides.py"], check=True,
+                   cwd=REPO)
+    page.set_viewport_size({"width": 1280, "height": 800})
+    page.goto((REPO / "build" / "slides.html").as_uri())
+    page.wait_for_function("window.Reveal && Reveal.isReady()")
+    count = page.evaluate("Reveal.getTotalSlides()")
+    assert count >= 18
+    for slide in range(count):
+        page.evaluate(f"Reveal.slide({slide})")
+        size = page.evaluate("[Reveal.getCurrentSlide().scrollWidth, "
+                             "Reveal.getCurrentSlide().scrollHeight]")
+        assert size[0] <= 1280 and size[1] <= 800, f"slide {slide + 1} is {size} large"
+        page.screenshot(path=SCREENSHOTS / f"slide-{slide + 1:02}.png")
