@@ -7,8 +7,8 @@ measured by Khattak and Mikaitis (https://arxiv.org/abs/2512.07004). "Fast" accu
 such sum over all of K; "slow" moves it to a float32 register after every 128 products.
 
 vLLM 0.32 accumulates fast on Hopper: every kernel in
-csrc/quantization/w8a8/cutlass/c3x/scaled_mm_sm90_fp8_dispatch.cuh is of a schedule whose name
-ends in FP8FastAccum.
+csrc/.../w8a8/cutlass/c3x/scaled_mm_sm90_fp8_dispatch.cuh is of a schedule whose name ends in
+FP8FastAccum.
 
 The sums are mmaemu's, which were recorded on an H100 PCIe with cuBLASLt; that vLLM's CUTLASS
 kernels, which issue the same instruction in the same order, give the same bits was tried nowhere.

@@ -2,7 +2,7 @@
 
 lm-eval makes the prompts, reads the answers and scores them. Only the sending is ours. lm-eval's
 own client takes the key from the environment, sends single requests through whatever proxy is set
-there, and sends several at once from an event loop, of which a notebook's kernel allows no second
+there, and sends several at once from an event loop, of which a notebook's process allows no second
 one. Here a few threads send them with `helpers.client`.
 """
 

@@ -112,8 +112,9 @@ def paragraph(name: str, nb: NotebookNode, begun: int, error: Exception, target:
     if isinstance(error, CellExecutionError):
         what = f"{error.ename}: {error.evalue}"
     else:
-        what = ("The kernel died. Most often that is the system ending it for want of memory: "
-                "close other programs, or choose a smaller model with PHI4_FP8_PROFILE.")
+        what = ("The process that runs its cells died. Most often the system has ended it for "
+                "want of memory: close other programs, or choose a smaller model with "
+                "PHI4_FP8_PROFILE.")
     first = cells[begun].source.strip().splitlines()[0]
     return (f"{name} stopped at code cell {begun + 1} of {len(cells)}, which begins `{first}`.\n"
             f"{what}\nThe notebook as far as it got: {shown(target)}")

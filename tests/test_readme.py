@@ -72,10 +72,10 @@ def test_every_number_has_its_source():
 def test_every_place_it_names_is_there():
     own = re.sub(r"\[[^\]]*\]\([^)]*\)", "", PROSE)  # test_links follows the links
     named = re.findall(r"`([\w./-]+(?:/|\.py|\.json|\.txt))`", own)
-    made = {"workspace/", "build/"}  # when the notebooks run
     assert len(named) > 15
-    for place in set(named) - made:
-        assert (REPO / place).exists(), place
+    for place in named:
+        made = place.startswith(("workspace/", "build/"))  # when the notebooks run
+        assert made or (REPO / place).exists(), place
 
 
 @pytest.mark.parametrize("module, name", re.findall(

@@ -53,7 +53,7 @@ def test_a_kernel_that_dies_is_told_from_a_cell_that_fails(tmp_path, capsys):
     source = write(tmp_path / "00_dies.ipynb", "a = 1", "import os\nos._exit(9)")
     with pytest.raises(run_notebooks.NotebookStopped, match="code cell 2 of 2.*`import os`") as e:
         run_notebooks.execute(source, tmp_path / "out.ipynb", "00")
-    assert "The kernel died" in str(e.value)
+    assert "The process that runs its cells died" in str(e.value)
 
 
 def test_an_interrupted_run_says_so_and_leaves_no_kernel(tmp_path):
