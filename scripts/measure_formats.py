@@ -8,7 +8,6 @@ run that was stopped goes on where it was; the unrounded logits lie there too (2
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
@@ -22,20 +21,25 @@ NEEDS_BYTES = 3_000_000_000
 FOLDER = "measure-formats"  # in the workspace
 
 
-def reference(model, texts: list, place: Path) -> Iterator:
-    """The unrounded model's logits, text by text, from disk; computed where they are not there."""
+def references(model, texts: list, place: Path) -> list[Path]:
+    """Files of the unrounded model's logits, text by text; computed where they are not there.
+
+    All of them before any arm: within an arm the model computes rounded.
+    """
     import torch
 
-    for number, ids in enumerate(texts):
-        file = place / f"{number}.pt"
+    files = [place / f"{number}.pt" for number in range(len(texts))]
+    for file, ids in zip(files, texts, strict=True):
         if not file.exists():
             torch.save(formats.seen(model, ids), file.with_suffix(".partial"))
             file.with_suffix(".partial").replace(file)
-        yield torch.load(file)
+    return files
 
 
 def entry(profile: Profile) -> dict:
     """One model's entry of the file."""
+    import torch
+
     place = workspace.root() / FOLDER / profile.name
     place.mkdir(parents=True, exist_ok=True)
     model, tokenizer = ablation.load(hub.obtain(profile))
@@ -47,12 +51,11 @@ def entry(profile: Profile) -> dict:
              "left alone": formats.left_alone_arms(model),
              "kv cache": kv_cache.arms(model, ways)}
     arms = {title: arm for part in parts.values() for title, arm in part.items()}
-    rows = {}
+    true, rows = references(model, texts, place), {}
     for title, arm in arms.items():
         file = place / f"{title}.json"
         if not file.exists():
-            workspace.write_json(file, formats.one_arm(
-                model, texts, reference(model, texts, place), arm))
+            workspace.write_json(file, formats.one_arm(model, texts, map(torch.load, true), arm))
             print(f"  {title}", flush=True)
         rows[title] = json.loads(file.read_text())
     return {"repo": profile.repo, "revision": profile.revision,

@@ -2,6 +2,7 @@
 
 import json
 
+import measure_formats
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file
 
-from helpers import ablation, checkpoint, cost_plots, formats, plots
+from helpers import ablation, checkpoint, cost_plots, formats, models, plots
 from helpers.formats import FORMATS, Format, Losses
 
 
@@ -152,6 +153,23 @@ def test_the_kept_figures_are_of_both_models_and_of_text_enough():
         assert all(len(each) == texts for each in losses.kl.values())
         table = formats.table(losses)
         assert table.loc["INT8 per channel", "told apart"] in ("less", "more", "no")
+
+
+def test_what_is_kept_is_measured_against_the_unrounded_model(tiny, tmp_workspace, monkeypatch):
+    """From an empty workspace: no arm may be at work while the reference is computed."""
+    monkeypatch.setattr(measure_formats, "TEXTS", 2)
+    monkeypatch.setattr(measure_formats, "CALIBRATION", 1)
+    model, texts, _ = tiny
+    found = measure_formats.entry(models.tiny())["losses"]
+    here = formats.measure(model, texts[:2], {formats.RECIPE.name: lambda: formats.quantized(
+        model, formats.RECIPE)})
+    assert found["kl"][formats.RECIPE.name] == pytest.approx(here.kl[formats.RECIPE.name], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", formats.kept())
+def test_the_kept_arms_are_further_from_the_model_than_it_is_from_itself(name):
+    kept = formats.measured(name, "activations")
+    assert 0 < np.mean(kept.kl["W8A16"]) < np.mean(kept.kl[formats.RECIPE.name])
 
 
 def test_the_kept_figures_of_the_bundled_model_are_made_again(tiny):

@@ -121,6 +121,13 @@ def test_each_is_a_sentence_in_the_explorer(tiny_base, copy, pictures, changes, 
     assert pictures == drawn
 
 
+def test_modules_stand_in_the_order_in_which_a_layer_runs_them(tiny_base, tiny_fp8, pictures):
+    assert parts(widgets.explorer(tiny_base, tiny_fp8))[0]["module"].options == (
+        "qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    assert scales.in_run_order(["new", "down_proj", "k_proj", "down_proj"]) == [
+        "k_proj", "down_proj", "new"]
+
+
 def test_a_base_of_another_model_is_a_sentence(
         tmp_workspace, tiny_base, tiny_fp8, tmp_path, pictures):
     other = shutil.copytree(tiny_base.path, tmp_path / "other")
