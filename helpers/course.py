@@ -3,6 +3,7 @@
 `Course` makes what a notebook needs and does not find, so that any of them can be opened first.
 """
 
+import contextlib
 import functools
 import json
 import textwrap
@@ -16,6 +17,7 @@ from helpers import (
     ledger,
     models,
     quantize,
+    servers,
     serving,
     throughput,
     workspace,
@@ -55,6 +57,13 @@ class Course:
         """
         every = {"bf16": self.base(), "fp8": self.fp8()}
         return {arm: every[arm] for arm in models.arms(self.profile, self.machine)}
+
+    def serve(self, flags: list[str]) -> contextlib.AbstractContextManager:
+        """Servers of the arms for a `with` block, and in it a `for` loop over (arm, server).
+
+        Both are up at once where memory allows, else each in its turn; none outlives the block.
+        """
+        return servers.running(self.arms(), flags, self.mode)
 
     def compares(self, experiment: str) -> bool:
         """Whether both arms are served here; if not, prints what was published of Phi-4 in bf16."""
@@ -117,11 +126,11 @@ class Course:
 
     def measure_gsm8k(self, limit: int | None) -> dict[str, evaluation.Evaluation]:
         """The arms on the first `limit` rows, or on all for None, into the ledger; by arm."""
-        flags, scores = serving.default_flags(self.profile, self.mode), {}
-        for arm, model in self.arms().items():
-            with serving.VllmServer(model, flags) as server:
+        scores: dict[str, evaluation.Evaluation] = {}
+        with self.serve(serving.default_flags(self.profile, self.mode)) as running:
+            for arm, server in running:
                 scores[arm] = evaluation.run(server, self.profile, arm, limit=limit)
-                self.record("gsm8k", arm, model, kernel=server.kernel,
+                self.record("gsm8k", arm, server.checkpoint, kernel=server.kernel,
                             **evaluation.ledger_row(scores[arm], scores.get("bf16")))
         return scores
 

@@ -231,7 +231,7 @@ def test_a_websocket_asks_for_the_key(headers, passes, monkeypatch, happened):
 @pytest.mark.fault("another program takes the port while vLLM starts")
 def test_a_stranger_on_the_port_does_not_get_the_key(tmp_workspace, tiny_base, stranger,
                                                      monkeypatch, happened):
-    monkeypatch.setattr(serving, "_free_port", lambda: stranger.server_port)
+    monkeypatch.setattr(serving, "_free_port", lambda taken: stranger.server_port)
     with pytest.raises(WorkbookError, match="stopped while starting") as said:
         serving.VllmServer(tiny_base, flags()).start()
     assert stranger.seen and not any("Authorization" in each for each in stranger.seen)

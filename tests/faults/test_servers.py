@@ -257,17 +257,19 @@ def test_a_second_start(fp8_server, happened):
 
 
 @pytest.mark.slow
-@pytest.mark.fault("Stop is pressed while a server starts")
-def test_interrupted_while_starting(tmp_workspace, tiny_base, monkeypatch, happened):
+@pytest.mark.fault("Stop is pressed while servers start")
+@pytest.mark.parametrize("count", [1, 2], ids=["one", "a pair"])
+def test_interrupted_while_starting(count, tmp_workspace, tiny_base, monkeypatch, happened):
     def pressed(text):
-        if len(serving.processes(server)) > 1 and "starting the engine" in text:
+        if all(len(serving.processes(server)) > 1 for server in starting):
             raise KeyboardInterrupt
 
-    server = serving.VllmServer(tiny_base, flags())
+    starting = [serving.VllmServer(tiny_base, flags()) for _ in range(count)]
     monkeypatch.setattr(serving.Progress, "show", lambda self, text: pressed(text))
     with pytest.raises(KeyboardInterrupt):
-        server.start()
-    assert not serving.processes(server)
+        serving.start_together(starting)
+    assert all(server.session for server in starting)
+    assert not any(serving.processes(server) for server in starting)
     happened("no process is left")
 
 

@@ -1,0 +1,58 @@
+"""What answers under a URL as OpenAI's API does, and what can go wrong when it is asked."""
+
+import requests
+
+from helpers import WorkbookError, client
+
+
+class Endpoint:
+    """A server that serves one model: `url`, `api_key`, `model_name`."""
+
+    url: str
+    api_key: str
+    model_name: str
+
+    def complete(self, prompt: str, max_tokens: int = 64, **sampling) -> str:
+        """The continuation of `prompt`; greedy unless `sampling` says otherwise."""
+        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **sampling}
+        return self.post("/v1/completions", body)["choices"][0]["text"]
+
+    def chat(self, messages: list[dict], max_tokens: int = 256, **sampling) -> str:
+        """The answer to a list of {"role", "content"}; greedy unless `sampling` says otherwise."""
+        body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0, **sampling}
+        return self.post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
+
+    def post(self, route: str, body: dict) -> dict:
+        """What the server answers to a request, as JSON. Raises `WorkbookError` if it does not."""
+        try:
+            with client.session(self.api_key) as session:
+                answer = session.post(self.url + route, json={"model": self.model_name, **body})
+                if answer.ok:
+                    return answer.json()
+        except requests.exceptions.InvalidJSONError as wrong:
+            raise WorkbookError("The request or its answer is not JSON.", f"{wrong}.",
+                                "Change the request: JSON has no NaN, for instance.") from None
+        except requests.RequestException as broken:
+            raise self.unreached(broken) from None
+        if answer.status_code >= 500:  # 4xx is about the request; after 5xx the server may be dying
+            self.check_alive()
+        raise WorkbookError(
+            f"vLLM refused the request (HTTP {answer.status_code}).", client.refusal(answer),
+            "Change the request: its prompt, length or sampling.")
+
+    def check_alive(self) -> None:
+        """Raise `WorkbookError` where it is known that the server is ending."""
+
+    def unreached(self, broken: requests.RequestException) -> WorkbookError:
+        """What to say when there was no answer."""
+        return WorkbookError("vLLM did not answer.", f"The connection broke: {broken}.",
+                             "Start the server again.")
+
+
+def checked_name(name: str) -> str:
+    """`name`, where a model can be served under it; else `WorkbookError`."""
+    if not name.strip() or not name.isprintable():
+        raise WorkbookError(f"{name!r} is no name for a model.",
+                            "Clients ask for the model by this name, in JSON.",
+                            "Give `name` letters, digits, and what else can be printed.")
+    return name
