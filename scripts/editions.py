@@ -97,9 +97,9 @@ def unconvinced(nb: NotebookNode) -> list[str]:
     return [text for text in said if not convinced(text)]
 
 
-def convinced(text: str) -> bool:
-    """Whether an answer cell's last line, after what the task is about, is a good check's."""
-    return text.strip().rpartition("\n")[2].startswith(GOOD)
+def convinced(said: str) -> bool:
+    """Whether a line of what an answer's cell printed is a check's that accepts it."""
+    return any(line.startswith(GOOD) for line in said.splitlines())
 
 
 def make_student(chosen: list[Path], folder: Path) -> None:
