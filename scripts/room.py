@@ -113,8 +113,8 @@ def main(words: list[str]) -> int:
         if words[0] == "hand-in":
             file = room.hand_in(" ".join(words[1:]), HAND_IN)
             print(f"Written: {os.path.relpath(file, REPO)}. It holds your results with the kind of "
-                  "machine, the tasks done, your predictions and the name you gave. Send it to your "
-                  "instructor.")
+                  "machine, the tasks done, your predictions and the name you gave. Send it to "
+                  "your instructor.")
             return 0
         folder = workspace.resolved(" ".join(words[1:]))
         handed, refused = room.read_all(folder)
