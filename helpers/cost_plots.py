@@ -72,7 +72,7 @@ def outlier_sweep(tables: dict[str, DataFrame]) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(table.index[::2], [f"{size:,}" for size in table.index[::2]])
         axis.set_xlabel("the outlier, times its size as trained")
-        axis.set_ylabel("SQNR of the output, dB")
+        axis.set_ylabel("SQNR of the median token's output, dB")
         axis.set_title(f"One feature raised {where}", loc="left")
     axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     last = {where: table.iloc[-1].round(0).astype(int) for where, table in tables.items()}
