@@ -50,7 +50,7 @@ def _logarithmic_beyond(axis, table: DataFrame) -> str:
         axis.locator_params(axis="x", nbins=5)
         axis.xaxis.set_major_formatter("{x:g}")
         return ""
-    near = 10.0 ** math.floor(math.log10(sizes[sizes > 0].median()))
+    near = 10.0 ** round(math.log10(sizes[sizes > 0].median()))
     axis.set_xscale("symlog", linthresh=near)
     low, high = min(-near, 1.5 * table["low"].min()), max(2 * near, 1.5 * table["high"].max())
     axis.set_xlim(low, high)
