@@ -17,8 +17,8 @@ HAVE_PYTHON = command -v $(PYTHON) >/dev/null || { echo "No Python was found. In
 	>&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help doctor setup preflight run lab book slides editions test test-faults test-smollm2 \
-	test-browser test-gpu test-isa lint notebooks full-size bench-cpu measure-formats lock clean
+.PHONY: help doctor setup preflight run lab book hand-in slides editions room test test-faults \
+	test-smollm2 test-browser test-gpu test-isa lint notebooks full-size bench-cpu measure-formats lock clean
 
 # A line "## group" heads the targets below it, and "target: ... ## words" describes one.
 help:
@@ -48,6 +48,9 @@ run: setup  ## run every notebook in order; ONLY=06 or ONLY=a1 runs one
 book: setup  ## the executed notebooks as pages with navigation and search, in build/book/
 	@.venv/bin/python scripts/book.py
 
+hand-in: setup  ## your results in one file for the instructor; ALIAS=name, if you like
+	@PYTHONPATH=. .venv/bin/python scripts/room.py hand-in "$(ALIAS)"
+
 ## For an instructor
 
 slides: setup  ## workshop/slides.ipynb as one HTML file, build/slides.html
@@ -55,6 +58,9 @@ slides: setup  ## workshop/slides.ipynb as one HTML file, build/slides.html
 
 editions: setup  ## build/student without solutions; build/solutions, solved and run; ONLY=06
 	@.venv/bin/python scripts/editions.py $(ONLY)
+
+room: setup  ## one page of what a room handed in: LEDGERS=folder
+	@PYTHONPATH=. .venv/bin/python scripts/room.py page "$(LEDGERS)"
 
 test: setup  ## check a machine before a course: every test, and every notebook
 	@.venv/bin/python scripts/run_tests.py

@@ -34,12 +34,17 @@ def show(figure: Figure, alt: str) -> None:
     import matplotlib.pyplot as plt
     from IPython.display import display
 
+    picture = as_html(figure, alt)
+    plt.close(figure)
+    display({"text/html": picture, "text/plain": alt}, raw=True)
+
+
+def as_html(figure: Figure, alt: str) -> str:
+    """`figure` as an HTML image: a PNG in the text itself, with `alt` for screen readers."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110, bbox_inches="tight", facecolor="white")
-    plt.close(figure)
     data = base64.b64encode(png.getvalue()).decode()
-    picture = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
-    display({"text/html": picture, "text/plain": alt}, raw=True)
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
 
 def ink(colour) -> str:

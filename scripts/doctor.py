@@ -24,7 +24,7 @@ GB = 10**9
 # The environments measured by the set-up (scripts/environments.py), with the bundled model's files.
 DISK = {"cpu": 8 * GB, "gpu": 22 * GB}
 RAM = 6 * GB  # helpers.preflight says what for
-GLIBC = (2, 28)  # the wheels are manylinux_2_28
+GLIBC = (2, 31)  # of the wheels of llguidance, which vLLM needs; all others ask for less
 # nvidia-smi says no CUDA version in this form; 580 is the oldest driver of CUDA 13, which vLLM's
 # torch is built for (requirements/constraints/serve.txt, helpers.hardware.OLDEST_DRIVER).
 DRIVER = 580

@@ -82,7 +82,7 @@ def test_a_gpu_gets_the_model_and_mode_that_the_notebooks_would_choose(
     ("Linux", "x86_64", "4.4.0-19041-Microsoft", ("glibc", "2.39"), False, "wsl --set-version"),
     ("Linux", "x86_64", "5.15.167.4-microsoft-standard-WSL2", ("glibc", "2.39"), True, "WSL 2"),
     ("Linux", "x86_64", "6.8", ("", ""), False, "not glibc"),
-    ("Linux", "x86_64", "6.8", ("glibc", "2.27"), False, "need glibc 2.28"),
+    ("Linux", "x86_64", "6.8", ("glibc", "2.28"), False, "need glibc 2.31"),
 ])
 def test_a_system_that_the_wheels_are_not_for_is_told_what_to_do(
         monkeypatch, kind, machine, release, libc, ok, says):
