@@ -11,12 +11,13 @@ from helpers.plots import BF16, FP8, GREY, THIRD
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+WIDE = 20  # the largest difference over the median one from which a linear axis hides the others
+
 
 def differences(tables: dict[str, DataFrame], against: str) -> None:
     """Each arm's KL less one arm's, with its interval; a panel a model.
 
-    `tables`: a model's name to `formats.table`. The axis is linear between the ticks beside zero
-    and logarithmic beyond them. A hollow mark's interval holds zero.
+    `tables`: a model's name to `formats.table`. A hollow mark's interval holds zero.
     """
     figure, axes = plots.canvas(width=11, height=0.42 * max(map(len, tables.values())) + 1.6,
                                 columns=len(tables))
@@ -28,21 +29,36 @@ def differences(tables: dict[str, DataFrame], against: str) -> None:
             axis.plot([line["difference"]], [row], "o", color=colour, ms=7,
                       mfc="white" if line["told apart"] == "no" else colour)
         axis.axvline(0, color="black", lw=0.8)
-        near = 10.0 ** math.floor(math.log10(table["difference"].abs().max()))
-        axis.set_xscale("symlog", linthresh=near)
-        low, high = min(-near, 1.5 * table["low"].min()), max(2 * near, 1.5 * table["high"].max())
-        axis.set_xlim(low, high)
-        ticks = [tick for tick in [0.0] + [sign * near * 10**power for sign in (-1, 1)
-                                           for power in range(4)] if low <= tick <= high]
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.set_xticks([], minor=True)
+        bent = _logarithmic_beyond(axis, table)
         axis.set_yticks(range(len(table)), table.index)
         axis.invert_yaxis()
-        axis.set_xlabel(f"KL less that of {against}, nats per token")
+        axis.set_xlabel(f"KL less that of {against}, nats per token{bent}")
         axis.set_title(name, loc="left")
     plots.show(figure, f"KL of each arm less that of {against}, with 95 % intervals: " + "; ".join(
         f"{name}: " + ", ".join(f"{arm} {line['told apart']}" for arm, line in table.iterrows()
                                 if arm != against) for name, table in tables.items()) + ".")
+
+
+def _logarithmic_beyond(axis, table: DataFrame) -> str:
+    """Make the axis logarithmic away from zero where one arm is far beyond all others; say so.
+
+    Returns what the axis' label has to add, "" for an axis that is linear throughout.
+    """
+    sizes = table["difference"].abs().sort_values()
+    if len(sizes) < 3 or sizes.iloc[-1] < WIDE * sizes[sizes > 0].median():
+        axis.margins(x=0.08)
+        axis.locator_params(axis="x", nbins=5)
+        axis.xaxis.set_major_formatter("{x:g}")
+        return ""
+    near = 10.0 ** round(math.log10(sizes[sizes > 0].median()))
+    axis.set_xscale("symlog", linthresh=near)
+    low, high = min(-near, 1.5 * table["low"].min()), max(2 * near, 1.5 * table["high"].max())
+    axis.set_xlim(low, high)
+    ticks = [tick for tick in [0.0] + [sign * near * 10**power for sign in (-1, 1)
+                                       for power in range(5)] if low <= tick <= high]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_xticks([], minor=True)
+    return f"\n(logarithmic beyond ±{near:g})"
 
 
 def outlier_sweep(tables: dict[str, DataFrame]) -> None:
@@ -56,7 +72,7 @@ def outlier_sweep(tables: dict[str, DataFrame]) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(table.index[::2], [f"{size:,}" for size in table.index[::2]])
         axis.set_xlabel("the outlier, times its size as trained")
-        axis.set_ylabel("SQNR of the output, dB")
+        axis.set_ylabel("SQNR of the median token's output, dB")
         axis.set_title(f"One feature raised {where}", loc="left")
     axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     last = {where: table.iloc[-1].round(0).astype(int) for where, table in tables.items()}

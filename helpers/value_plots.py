@@ -109,7 +109,7 @@ def weight_error(name: str, original: Tensor, rebuilt: Tensor) -> None:
     axis.set_ylim(1e-2, 200)
     axis.set_xlabel("|weight| / its channel's amax")
     axis.set_ylabel("relative error, %")
-    axis.set_title("The grid's step bounds a weight's relative error" if bounded
+    axis.set_title("The grid's step bounds a normal weight's relative error" if bounded
                    else "Does the grid's step bound a weight's relative error?", loc="left")
     largest = f"{error[normal].max():.1%}" if normal.any() else "unknown"
     plots.show(figure, f"Relative error of the weights of {name} against their magnitude: at most "

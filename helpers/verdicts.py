@@ -95,7 +95,7 @@ def _kernel(rows: list[dict]) -> tuple[str, ...]:
         far = {name: row["metrics"][key] for key, name in DISTANCES.items()}
         measured += "; output " + ", ".join(f"{100 * far[name]:.1f} % from {name}" for name in far)
         as_said = as_said and min(far, key=far.get) == arithmetic
-    return what, f"{kernel}, {arithmetic}", measured, PREDICTED if as_said else DIFFERS
+    return what, f"{arithmetic} by {kernel}", measured, PREDICTED if as_said else DIFFERS
 
 
 def _accuracy(rows: list[dict]) -> list[tuple[str, ...]]:

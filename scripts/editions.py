@@ -94,7 +94,12 @@ def unconvinced(nb: NotebookNode) -> list[str]:
     """What the checks of an executed notebook said, where that is not "Right" or "Kept"."""
     said = ["".join(output.get("text", "") for output in cell.outputs)
             for cell in nb.cells if is_tagged(cell, "answer")]
-    return [text for text in said if not text.lstrip().startswith(GOOD)]
+    return [text for text in said if not convinced(text)]
+
+
+def convinced(said: str) -> bool:
+    """Whether a line of what an answer's cell printed is a check's that accepts it."""
+    return any(line.startswith(GOOD) for line in said.splitlines())
 
 
 def make_student(chosen: list[Path], folder: Path) -> None:

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -17,11 +18,14 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 from notebook_outputs import clean, code_cells
 
+from helpers import hardware
+
 REPO = Path(__file__).resolve().parent.parent
 NOTEBOOKS = REPO / "notebooks"
 BUILD = REPO / "build"
 NAMED = "[0-9a][0-9]_*.ipynb"  # 00 to 09, then the appendix: in the order of their names
 MEASURED = REPO / "data" / "measured" / "cpu-tiny-phi4.jsonl"
+SECONDS = REPO / "data" / "measured" / "notebook-seconds.json"
 
 
 class NotebookStopped(Exception):
@@ -138,23 +142,31 @@ def run(only: str = "") -> int:
 def refresh() -> int:
     """Execute all on the bundled model in a workspace of their own, clean them, write them back.
 
-    Their ledger becomes `data/measured/cpu-tiny-phi4.jsonl`, and the README's table follows it.
+    Their ledger becomes `data/measured/cpu-tiny-phi4.jsonl`, how long each took stands beside it,
+    and the README's tables and the guide's follow them.
     """
     workspace = BUILD / "refresh-workspace"
     shutil.rmtree(workspace, ignore_errors=True)
     os.environ.update(PHI4_FP8_WORKSPACE=str(workspace), PHI4_FP8_PROFILE="tiny-phi4")
     home = os.path.expanduser("~")  # "~" itself where there is no HOME
     places = {workspace: "workspace", REPO: ""} | ({Path(home): "~"} if home != "~" else {})
-    chosen, fresh = notebooks(), {}
+    chosen, fresh, seconds = notebooks(), {}, {}
     for i, path in enumerate(chosen, start=1):
-        target = BUILD / "refreshed" / path.name
+        target, started = BUILD / "refreshed" / path.name, time.monotonic()
         fresh[path] = execute(path, target, f"[{i}/{len(chosen)}] {path.name}")
+        seconds[path.stem] = round(time.monotonic() - started)
     for path, nb in fresh.items():  # only when all have run
         clean(nb, places)
         write(path, nbformat.writes(nb))
     MEASURED.parent.mkdir(exist_ok=True)
     shutil.copy(workspace / "ledger.jsonl", MEASURED)
-    return subprocess.run([sys.executable, "-m", "helpers.report", "--readme"], cwd=REPO).returncode
+    machine = hardware.detect()
+    write(SECONDS, json.dumps({
+        "machine": f"{machine.cpu_model}, {machine.cores} cores",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()), "seconds": seconds}, indent=1))
+    follow = ([sys.executable, "-m", "helpers.report", "--readme"],
+              [sys.executable, REPO / "scripts" / "guide.py"])
+    return max(subprocess.run(command, cwd=REPO).returncode for command in follow)
 
 
 def main(arguments: list[str]) -> int:

@@ -301,7 +301,7 @@ def test_progress_shows_by_notebook_what_is_done_and_with_how_many_hints():
     assert list(table.index) == [f"{number:02}" for number in range(10)]
     assert table.loc["09"].to_dict() == {
         "done": "1 of 4", "tasks done": "same_work", "tries": 3, "hints": 1,
-        "still open": "verdict, red_hats_advice, card_faults"}
+        "still open": "verdict, card_faults, red_hats_advice"}
     assert table.loc["00", "done"] == "0 of 3"
     assert course.Course(None, None, None).progress().equals(table)
 

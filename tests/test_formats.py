@@ -131,6 +131,18 @@ def test_kept_figures_stand_beside_a_models_own_where_there_are_any(tmp_path, mo
     assert drawn == [2, 1]
 
 
+@pytest.mark.parametrize("far, scale, says", [
+    (0.1, "linear", "nats per token"), (5.0, "symlog", "(logarithmic beyond ±0.01)")])
+def test_an_axis_that_is_not_linear_says_so(monkeypatch, far, scale, says):
+    kl = {formats.RECIPE.name: [0.1, 0.1], "near": [0.12, 0.12], "other": [0.08, 0.08],
+          "far": [0.1 + far, 0.1 + far]}
+    share, drawn = {title: 1.0 for title in kl}, []
+    monkeypatch.setattr(plots, "show", lambda figure, alt: drawn.append(figure.axes[0]))
+    cost_plots.differences({"m": formats.table(Losses([1, 1], kl, share, share))},
+                           formats.RECIPE.name)
+    assert drawn[0].get_xscale() == scale and drawn[0].get_xlabel().endswith(says)
+
+
 def test_tied_weights_are_put_back(tiny, tiny_base):
     """lm_head and the embedding are one Parameter; both are rounded, and both come back."""
     model, _ = ablation.load(tiny_base)

@@ -44,7 +44,7 @@ def test_weight_error(drawn):
     for other in (rebuilt, ablation.rounded(weight.float(), "int8"), damaged):
         value_plots.weight_error("a module", weight.float(), other)
     titles = [title for (title,), _ in drawn]
-    assert titles[0] == "The grid's step bounds a weight's relative error"
+    assert titles[0] == "The grid's step bounds a normal weight's relative error"
     assert titles[1] == titles[2] == "Does the grid's step bound a weight's relative error?"
 
 

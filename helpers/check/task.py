@@ -18,7 +18,7 @@ from helpers.check import record
 NOT_TRIED = "Not tried yet: put your answer in place of the three dots."
 LEVELS = ("easy", "medium", "hard")
 KINDS = ("code", "value")
-SECONDS = 20.0  # that an answer may compute
+SECONDS = 30.0  # that an answer may compute
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,9 @@ class Task:
 
 
 def verdict(task: Task, answer, key: Key) -> Verdict:
-    """A task's judgement of an answer, whatever it is and does, within `SECONDS`."""
+    """A task's judgement of an answer, whatever it is and does."""
     try:
-        with _bounded(SECONDS):
-            return task.judge(answer, key)
+        return task.judge(answer, key)
     except KeyboardInterrupt:
         raise
     except Unusable as error:
@@ -121,7 +120,9 @@ def compared(read: Callable[[object], object], same: Callable[[object, object], 
     `otherwise` is said of a wrong answer that is none of the usual ones.
     """
     def judge(answer, key: Key) -> Verdict:
-        given, right = read(answer), read(key.right)
+        right = read(key.right)
+        with bounded():
+            given = read(answer)
         if same(given, right):
             return Verdict(True, right_says)
         for way in key.accepted:
@@ -146,8 +147,11 @@ def _untouched(answer) -> bool:
 
 
 @contextlib.contextmanager
-def _bounded(seconds: float) -> Iterator[None]:
-    """Stop what runs within the block after a time, where this thread can be interrupted."""
+def bounded() -> Iterator[None]:
+    """Stop what an answer does within the block after `SECONDS`, in a thread that can be stopped.
+
+    A truth is worked out outside of it: a library may take its time to load.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -156,7 +160,7 @@ def _bounded(seconds: float) -> Iterator[None]:
         raise _TooLong
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again, where the first is swallowed
+    signal.setitimer(signal.ITIMER_REAL, SECONDS, 1.0)  # again, where the first is swallowed
     try:
         yield
     finally:

@@ -108,7 +108,7 @@ def _ceiling_key() -> Key:
 
 
 TASKS = (
-    Task("scale_per_channel", "00", "easy", 4, "code", "taking a maximum along the right dimension",
+    Task("scale_per_channel", "00", "easy", 4, "code", "scales by row",
          ("The scale maps a row's amax, its largest magnitude, onto 448.",
           "weights.abs() has the magnitudes; amax(dim=...) is the maximum along a dimension.",
           "Rows are dimension 0; the maximum of each row runs along dimension 1."),
@@ -116,7 +116,7 @@ TASKS = (
                                lambda a, b: tensors_near(1e-5)(a[0], b[0]),
                                "A row's scale is its amax / 448.",
                                right_says="448 is torch.finfo(torch.float8_e4m3fn).max.")),
-    Task("w8a16_product", "00", "medium", 5, "code", "placing the scales of a quantized product",
+    Task("w8a16_product", "00", "medium", 5, "code", "where scales go",
          ("Start from the formula: which of its factors come from rounding x?",
           "W8A16 has no s_x and no codes_x; x itself stands in the product.",
           "codes_w.float() makes numbers of the codes; x @ codes.T is [tokens, channels], so "
@@ -125,7 +125,7 @@ TASKS = (
                                 lambda a, b: tensors_near(0.005)(a[0], b[0]),
                                 "y = s_w * (x @ codes_w.T), with the codes as float.",
                                 right_says="Activations untouched, one scale for each column.")),
-    Task("rtx_a6000_ceiling", "00", "easy", 2, "value", "the roofline of decoding",
+    Task("rtx_a6000_ceiling", "00", "easy", 2, "value", "the roofline",
          ("What takes the time is reading the weights: how often per second can they be read?",
           "The cell above prints how many GB FP8 reads per token.",
           "Divide bytes per second by bytes per token: 768 over FP8's GB."),

@@ -117,7 +117,7 @@ def _counts(key, otherwise: str, right_says: str):
 
 
 TASKS = (
-    Task("safetensors_bytes", "01", "medium", 6, "code", "reading a file format by hand",
+    Task("safetensors_bytes", "01", "medium", 6, "code", "a file format",
          ("The first 8 bytes are the header's length, an unsigned little-endian integer; then "
           "comes the header, JSON.",
           "struct.unpack('<Q', file.read(8)) gives a tuple with the length; json.loads reads the "
@@ -127,7 +127,7 @@ TASKS = (
                                all_same(near(1e-9)),
                                "Sum what lies between the two data_offsets of each tensor.",
                                right_says="The safetensors library counts as many.")),
-    Task("linear_weights", "01", "medium", 6, "code", "what a decoder layer is made of",
+    Task("linear_weights", "01", "medium", 6, "code", "a layer's parts",
          ("A layer has four Linears: qkv_proj, o_proj, gate_up_proj, down_proj.",
           "qkv_proj makes a head's dimensions for each query head, and for each KV head twice: "
           "key and value.",
@@ -135,7 +135,7 @@ TASKS = (
           "and three times hidden × intermediate."),
          *_counts(_linears_key, "Four Linears a layer: qkv, o, gate and up, down.",
                   "Transformers' own model has as many.")),
-    Task("kv_bytes_per_token", "01", "easy", 4, "code", "the size of the KV cache",
+    Task("kv_bytes_per_token", "01", "easy", 4, "code", "the KV cache",
          ("What is kept: a key and a value, for each KV head, in each layer.",
           "A key has hidden_size / num_attention_heads numbers, of 2 bytes each.",
           "2 (K and V) × KV heads × head dimension × layers × 2 bytes."),

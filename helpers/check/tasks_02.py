@@ -176,7 +176,7 @@ def _mended_so_far(given: dict, right: dict) -> str:
 
 
 TASKS = (
-    Task("fp8_bytes", "02", "medium", 6, "code", "predicting a size from headers",
+    Task("fp8_bytes", "02", "medium", 6, "code", "predicting a size",
          ("Which tensors does the recipe take? Those of Linear layers, but lm_head.",
           "A Linear's weight has two dimensions; the embedding (embed_tokens) has two as well, and "
           "is no Linear.",
@@ -187,7 +187,7 @@ TASKS = (
                               "bytes a number for the rest.",
                               how_many(near(1e-12), PREDICTED, "{:,.0f}".format),
                               "To the byte.")),
-    Task("bytes_saved_on_lm_head", "02", "easy", 2, "value", "codes and scales in bytes",
+    Task("bytes_saved_on_lm_head", "02", "easy", 2, "value", "codes and scales",
          ("A weight takes 2 bytes now and would take 1.",
           "What comes on top: a scale for each channel, and a channel is a row.",
           "100,352 × 5,120 × (2 − 1) − 100,352 × 2."),
@@ -195,7 +195,7 @@ TASKS = (
                                                   "channel.",
                              right_says="3.3 % of the checkpoint. It stays in bf16 because its "
                                         "errors go straight into the choice of the token.")),
-    Task("config_mended", "02", "hard", 8, "code", "reading a quantization_config as vLLM does",
+    Task("config_mended", "02", "hard", 8, "code", "reading a config",
          ("Compare it, line by line, with what the recipe says: which tensors, which grid, what "
           "shares a scale, when is it made?",
           "Two faults stand at the top level, one in the weights, one in the activations.",

@@ -211,7 +211,7 @@ def _quantizer_key() -> Key:
 
 
 TASKS = (
-    Task("decoded", "03", "easy", 5, "code", "reading a float's bits",
+    Task("decoded", "03", "easy", 5, "code", "a float's bits",
          ("Shift and mask: code >> 7 is the sign, (code >> 3) & 15 the exponent, code & 7 the "
           "mantissa.",
           "Two formulas: the one with 1 + m/8 for exponents above 0, the other for exponent 0.",
@@ -220,14 +220,14 @@ TASKS = (
                                all_same(_equal), "Sign, exponent, mantissa, and two formulas.",
                                how_many(_equal, [str(code) for code in range(256)]),
                                "All 256 codes, as torch reads them.")),
-    Task("nearest_e4m3_to_0_3", "03", "easy", 2, "value", "rounding to three bits of mantissa",
+    Task("nearest_e4m3_to_0_3", "03", "easy", 2, "value", "rounding by hand",
          ("0.3 = 1.2 × 2⁻². The exponent is settled; which mantissa?",
           "The mantissas are 1, 1.125, 1.25, 1.375 and so on.",
           "1.2 lies between 1.125 and 1.25. The nearer one, times 1/4."),
          _nearest_key, compared(number, near(1e-9), "0.3 = 1.2 × 2⁻²; which eighth is nearest to "
                                                     "1.2?",
                                 right_says="The error is 4.2 %, a usual one.")),
-    Task("encoded", "03", "hard", 8, "code", "rounding, ties, saturation, subnormals",
+    Task("encoded", "03", "hard", 8, "code", "ties, saturation, subnormals",
          ("Find the power of two: math.frexp(abs(x)) gives f and e with x = f × 2ᵉ, f from 0.5 to "
           "1, so x = 1.m × 2ᵉ⁻¹.",
           "A step is 2^(exponent − 3), and the exponent is never below −6. round(size / step) × "
@@ -239,7 +239,7 @@ TASKS = (
                                                  "the sign.",
                                how_many(_equal, [f"{x:g}" for x in NUMBERS]),
                                "As torch's clamp and cast.")),
-    Task("quantizer", "03", "medium", 8, "code", "the scheme, to the bit",
+    Task("quantizer", "03", "medium", 8, "code", "the whole scheme",
          ("Three lines: the rows' amax, the scale, the codes.",
           "amax = weight.abs().amax(dim=1, keepdim=True); the scale is amax / 448, computed in "
           "float32 and rounded to bf16.",

@@ -147,24 +147,14 @@ def _same_rows(given, other) -> bool:
 
 
 TASKS = (
-    Task("sqnr", "04", "easy", 3, "code", "measuring an error in dB",
+    Task("sqnr", "04", "easy", 3, "code", "errors in dB",
          ("The noise is what rounding changed: original − changed.",
           "Power is the sum of squares, of the signal and of the noise.",
           "10 × log10 of signal's power over noise's; math.log10 takes a float."),
          _sqnr_key, compared(each(number, results(_signals)), all_same(near(1e-3)),
                              "10 log10(sum of x² / sum of (x − q)²).",
                              how_many(near(1e-3), ("signal", "signal", "signal")))),
-    Task("kl_divergence", "04", "medium", 5, "code", "comparing two distributions",
-         ("Logits become probabilities by softmax over the candidates, the last dimension.",
-          "For one token: the sum over candidates of p × (log p − log q), p being the unrounded "
-          "model's.",
-          "log_softmax(dim=-1) of both gives log p and log q; p is exp(log p). Sum over the last "
-          "dimension, then take the mean over tokens."),
-         _kl_key, compared(each(number, results(_logits)), all_same(near(1e-3)),
-                           "mean over tokens of the sum over candidates of p (log p − log q).",
-                           how_many(near(1e-3), ("logits", "logits", "logits")),
-                           "As scipy's relative entropy.")),
-    Task("fake_linear", "04", "hard", 8, "code", "all that dynamic W8A8 rounds",
+    Task("fake_linear", "04", "hard", 8, "code", "dynamic W8A8",
          ("Two things are rounded: the weight, with a scale per row, and x, with a scale per row.",
           "For either: scale = t.abs().amax(dim=1, keepdim=True) / 448; divide, cast to "
           "torch.float8_e4m3fn, back to float, multiply by the scale.",
@@ -175,4 +165,14 @@ TASKS = (
                                "Round w with a scale per row, x with a scale per row, multiply.",
                                right_says="As compressed-tensors computes it. \"Dynamic\" is no "
                                           "more than x's scales being made here, from x.")),
+    Task("kl_divergence", "04", "medium", 5, "code", "comparing distributions",
+         ("Logits become probabilities by softmax over the candidates, the last dimension.",
+          "For one token: the sum over candidates of p × (log p − log q), p being the unrounded "
+          "model's.",
+          "log_softmax(dim=-1) of both gives log p and log q; p is exp(log p). Sum over the last "
+          "dimension, then take the mean over tokens."),
+         _kl_key, compared(each(number, results(_logits)), all_same(near(1e-3)),
+                           "mean over tokens of the sum over candidates of p (log p − log q).",
+                           how_many(near(1e-3), ("logits", "logits", "logits")),
+                           "As scipy's relative entropy.")),
 )

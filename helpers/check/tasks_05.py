@@ -3,7 +3,7 @@
 import re
 
 from helpers.check.answers import all_same, each, how_many, results
-from helpers.check.task import Key, Mistake, Task, Unusable, Verdict, compared
+from helpers.check.task import Key, Mistake, Task, Unusable, Verdict, bounded, compared
 
 CAPABILITIES = ((7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 FEATURES, CHANNELS = 256, 64
@@ -143,7 +143,8 @@ def _inputs(answer):
 
 
 def _judge_inputs(answer, key: Key) -> Verdict:
-    x = _inputs(answer)
+    with bounded():
+        x = _inputs(answer)
     if not x.any(dim=1).all():
         return Verdict(False, "A row of zeros gives zeros in any arithmetic, and its scale would "
                               "be 0 / 448.")
@@ -181,7 +182,7 @@ def _equal(given, other) -> bool:
 
 
 TASKS = (
-    Task("mode_of_capability", "05", "easy", 3, "code", "which hardware computes what",
+    Task("mode_of_capability", "05", "easy", 3, "code", "what hardware computes",
          ("Two thresholds divide three cases.",
           "FP8 tensor cores came with Ada, capability 8.9; Marlin needs Turing, 7.5.",
           "Compare tuples: capability >= (8, 9), then capability >= (7, 5), else None."),
@@ -189,7 +190,7 @@ TASKS = (
                              all_same(_equal), "FP8 tensor cores came with 8.9, Marlin needs "
                                                    "7.5.",
                              how_many(_equal, [str(c) for c in CAPABILITIES], str))),
-    Task("kernel_from_log", "05", "medium", 6, "code", "reading the kernel from a log",
+    Task("kernel_from_log", "05", "medium", 6, "code", "reading a log",
          ("print the four logs. Which line speaks of the Linears?",
           "\"Selected KERNEL for SCHEME\": the kernel is the first name. Not every log has this "
           "line.",
@@ -201,7 +202,7 @@ TASKS = (
                             how_many(_equal, ("the first log", "the second log",
                                                   "the third log", "the last log"), str)),
          material=lambda: list(logs().values())),
-    Task("telling_inputs", "05", "medium", 5, "code", "designing an experiment that can fail",
+    Task("telling_inputs", "05", "medium", 5, "code", "designing an experiment",
          ("W8A8 rounds the inputs and W8A16 does not. On which inputs does rounding change "
           "nothing?",
           "A value comes back exactly if, divided by amax / 448, it is a number of the grid: the "

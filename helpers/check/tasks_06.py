@@ -143,7 +143,7 @@ def _rows_key() -> Key:
 _close = near(1e-4)
 
 TASKS = (
-    Task("standard_error", "06", "easy", 3, "code", "the error of a mean",
+    Task("standard_error", "06", "easy", 3, "code", "errors of means",
          ("The mean of n answers has the standard deviation of one, over √n.",
           "lm-eval takes the sample's standard deviation, which divides by n − 1.",
           "statistics.stdev(scores) / len(scores) ** 0.5."),
@@ -151,7 +151,7 @@ TASKS = (
                               "Sample standard deviation, over the root of n.",
                               how_many(_close, ("90 of 100", "7 of 12", "1,200 of 1,319")),
                               "As scipy's sem.")),
-    Task("mcnemar", "06", "hard", 8, "code", "a paired test",
+    Task("mcnemar", "06", "hard", 8, "code", "paired tests",
          ("Count the questions that only the first arm has right, and those that only the second "
           "has. All others say nothing.",
           "If both arms were alike, each such flip would fall to either with probability 1/2: a "

@@ -88,7 +88,7 @@ def _about(given: float, other: float) -> bool:
 
 
 TASKS = (
-    Task("ratio_by_round", "07", "easy", 4, "code", "comparing two arms on a machine that drifts",
+    Task("ratio_by_round", "07", "easy", 4, "code", "comparing arms",
          ("What do the two figures of one round have in common that two rounds have not?",
           "Divide FP8 by bf16 within each round: five ratios.",
           "One ratio is off, because the machine slowed down between the arms: take the median, "
@@ -97,7 +97,15 @@ TASKS = (
                               "The median of the five ratios.",
                               how_many(near(0.003), ("the first machine", "the second"), "{:.2f}"
                                        .format))),
-    Task("crossing_streams", "07", "hard", 8, "code", "where memory stops being the limit",
+    Task("h100_expected", "07", "easy", 2, "value", "scaling by bandwidth",
+         ("First the ceiling: bandwidth over bytes per token.",
+          "3350 / 14.66 tokens/s is the ceiling.",
+          "67 % of it."),
+         _h100_key, compared(number, near(0.02), "The ceiling is 3350 / 14.66 tokens/s; take 67 % "
+                                                 "of it.",
+                             right_says="Rather too high: what each token costs however fast the "
+                                        "memory is weighs more on a faster GPU.")),
+    Task("crossing_streams", "07", "hard", 8, "code", "memory against arithmetic",
          ("Two times per step: that of reading the weights once, and that of computing with them "
           "for n streams.",
           "Reading takes nbytes / bandwidth. A stream multiplies each weight and adds the product: "
@@ -108,12 +116,4 @@ TASKS = (
                                  how_many(_about, MACHINES, "{:.0f}".format),
                                  "On an A40 about 112 streams for FP8 and 215 for bf16: between "
                                  "them FP8's gain falls to nothing.")),
-    Task("h100_expected", "07", "easy", 2, "value", "scaling a figure by bandwidth",
-         ("First the ceiling: bandwidth over bytes per token.",
-          "3350 / 14.66 tokens/s is the ceiling.",
-          "67 % of it."),
-         _h100_key, compared(number, near(0.02), "The ceiling is 3350 / 14.66 tokens/s; take 67 % "
-                                                 "of it.",
-                             right_says="Rather too high: what each token costs however fast the "
-                                        "memory is weighs more on a faster GPU.")),
 )

@@ -143,7 +143,7 @@ def _near_each(given, other) -> bool:
 
 
 TASKS = (
-    Task("bits_in_groups_of_256", "08", "easy", 2, "value", "what scales add to a weight's bits",
+    Task("bits_in_groups_of_256", "08", "easy", 2, "value", "what scales add",
          ("A weight's own bits, and its share of the group's scale.",
           "256 weights share one bf16 scale, of 16 bits.",
           "4 + 16 / 256."),
@@ -151,7 +151,7 @@ TASKS = (
                                                   "scale.",
                              right_says="1.5 % less than in groups of 128: larger groups save next "
                                         "to nothing.")),
-    Task("int4_rounded", "08", "medium", 6, "code", "a scale for each group",
+    Task("int4_rounded", "08", "medium", 6, "code", "scales by group",
          ("Cut each row into groups: w.unflatten(1, (-1, 128)) is [rows, groups, 128].",
           "amax over the last dimension with keepdim=True, over 7.5, is the scale.",
           "Divide, round, clamp to −8 and 7, multiply back, and .flatten(1) to the old shape."),
@@ -159,7 +159,7 @@ TASKS = (
                              all_same(_near_each), "Groups of 128, amax / 7.5, round, clamp to −8 "
                                                    "and 7, multiply back.",
                              right_says="As compressed-tensors' W4A16.")),
-    Task("scheme_chosen", "08", "hard", 10, "code", "choosing by memory, speed and kernel",
+    Task("scheme_chosen", "08", "hard", 10, "code", "choosing a scheme",
          ("Three questions for each GPU and scheme: is there a kernel, does it fit, is it fast "
           "enough?",
           "Fits: GB on disk + 65,536 × 204,800 bytes ≤ 0.9 × memory. Fast enough: 2/3 × bandwidth "

@@ -198,7 +198,7 @@ def _equal(given, other) -> bool:
 
 
 TASKS = (
-    Task("verdict", "09", "medium", 4, "code", "a rule that stands before its figure",
+    Task("verdict", "09", "medium", 4, "code", "a rule beforehand",
          ("Without McNemar's p nothing is said of the direction.",
           "scipy.stats.binomtest(lost, lost + gained).pvalue; without any flip there is no test "
           "and p is 1.",
@@ -207,7 +207,7 @@ TASKS = (
          _verdict_key, compared(each(_word, results(lambda: list(COUNTS))), all_same(_equal),
                                 "p < 0.05 first, then the direction.",
                                 how_many(_equal, [f"{a}, {b}" for a, b in COUNTS], str))),
-    Task("same_work", "09", "easy", 2, "value", "which figures may stand side by side",
+    Task("same_work", "09", "easy", 2, "value", "comparable figures",
          ("What makes a measurement of accuracy the same: model, data, protocol, rows.",
           "Does a GPU's speed change an accuracy?",
           "Only one of the four has the same model, task, number of examples and rows."),
@@ -215,15 +215,7 @@ TASKS = (
                                               "has all four?",
                              right_says="Hardware does not change what is asked, though W8A8 and "
                                         "W8A16 may answer a little differently.")),
-    Task("red_hats_advice", "09", "medium", 5, "value", "reading limits off a config",
-         ("The context's limit is in config.json, max_position_embeddings.",
-          "A layer is dealt out by heads: the 40 query heads and the 10 KV heads have to divide "
-          "(or the GPUs be a multiple of the KV heads).",
-          "The embedding's 100,352 rows have to divide too: 5 does not."),
-         _limits_key, compared(_pair, _equal, "40 heads, 10 KV heads and 100,352 rows have to "
-                                              "divide; the context is in the config.",
-                               _limits_so_far)),
-    Task("card_faults", "09", "hard", 8, "value", "reading a model card critically",
+    Task("card_faults", "09", "hard", 8, "value", "reading critically",
          ("Check each line against a notebook: what is stored (02), what computes (05), what 100 "
           "rows show (06).",
           "Two faults are in flags, one in a conclusion, one in what the file holds, one in the KV "
@@ -231,4 +223,12 @@ TASKS = (
           "10 KV heads; 16,384 positions; \"dynamic\"; six flips; the cache's own type."),
          _card_key, compared(letters, _equal, "Five lines do not hold.", _found,
                              "Three of them stand in published cards."), material=card),
+    Task("red_hats_advice", "09", "medium", 5, "value", "a config's limits",
+         ("The context's limit is in config.json, max_position_embeddings.",
+          "A layer is dealt out by heads: the 40 query heads and the 10 KV heads have to divide "
+          "(or the GPUs be a multiple of the KV heads).",
+          "The embedding's 100,352 rows have to divide too: 5 does not."),
+         _limits_key, compared(_pair, _equal, "40 heads, 10 KV heads and 100,352 rows have to "
+                                              "divide; the context is in the config.",
+                               _limits_so_far)),
 )
