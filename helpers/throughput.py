@@ -11,8 +11,8 @@ import json
 import math
 import os
 import subprocess
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TextIO
 
 import psutil
@@ -63,6 +63,10 @@ class Work:
         each = self.prompt_tokens if self.generated_tokens == 1 else self.generated_tokens
         return self.streams * each
 
+    def shorter(self) -> "Work":
+        """The same for a warm-up: everything is computed once, and few tokens are generated."""
+        return replace(self, generated_tokens=min(self.generated_tokens, 16))
+
     def flags(self) -> list[str]:
         """The flags of `vllm bench serve` for one round: every request once, greedy."""
         return ["--dataset-name", "random", "--random-input-len", str(self.prompt_tokens),
@@ -104,43 +108,82 @@ Measure = Callable[[serving.VllmServer, Work], BenchResult]
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "ttft_p99_ms", "itl_p99_ms")
 
 
+def tokens_per_second(work: Work, result: BenchResult) -> float:
+    """The speed of a work: of decoding, or of a prompt by the time to its first token."""
+    if work.generated_tokens == 1:
+        return 1000 * work.counted_tokens / result.ttft_ms
+    return result.output_tok_s
+
+
 def compare(arms: dict[str, Checkpoint], profile: Profile, mode: ServingMode,
             work: list[Work]) -> "pd.DataFrame":
-    """Measure every arm in turn, in an order that alternates from round to round.
+    """Measure a profile's arms `in_turn`; on a CPU all servers run at once where memory allows.
 
-    A table with one row per round, arm and work: round, arm, streams, prompt_tokens,
-    generated_tokens, kernel, output_tok_s, joules_per_token (of the GPU, the prompt's included; NaN
-    where none reports it) and `LATENCIES`. On a CPU all servers run at once where memory allows,
-    else only the one that is measured: five rounds of two arms take six starts. After a server's
-    start each piece of work is run once and the result thrown away.
+    Where they do not, five rounds of two arms take six starts.
+    """
+    flags = [*serving.default_flags(profile, mode), *NO_REUSE]
+    return in_turn({arm: serving.VllmServer(model, flags) for arm, model in arms.items()}, work,
+                   together=mode.device == "cpu" and _fit_together(arms))
+
+
+def in_turn(servers: dict[str, serving.VllmServer], work: Sequence[Work], together: bool,
+            extra: Sequence[str] = ()) -> "pd.DataFrame":
+    """Measure every server on all work, in an order that alternates from round to round.
+
+    `servers`: by arm, not started; they are stopped at the end. `together`: whether all of them
+    run at once, or only the one that is measured. `extra`: flags of `vllm bench serve`. A table
+    with one row per round, arm and work: round, arm, work (its title), streams, prompt_tokens,
+    generated_tokens, kernel, tok_s (`tokens_per_second`), output_tok_s, joules_per_token (of the
+    GPU, the prompt's included; NaN where none reports it) and `LATENCIES`. After a server's start
+    each piece of work is run once, with fewer tokens, and the result thrown away.
     """
     import pandas as pd
     from tqdm.auto import tqdm
 
-    server_flags = [*serving.default_flags(profile, mode), *NO_REUSE]
-    together = mode.device == "cpu" and _fit_together(arms)
-    rows = []
-    with contextlib.ExitStack() as everything, benchmark() as measure:
-        running: dict[str, serving.VllmServer] = {}
-        turns = order(list(arms), max(each.rounds for each in work))
+    rows, up = [], ()
+    turns = order(list(servers), max(each.rounds for each in work))
+    with contextlib.ExitStack() as everything:
+        measure = everything.enter_context(benchmark(*extra))
+        everything.callback(lambda: serving.stop_together(servers.values()))
         for number, arm in tqdm(turns, desc="benchmark runs", leave=False):
-            if arm not in running:
-                for other in ([] if together else list(running)):
-                    running.pop(other).stop()
-                running[arm] = serving.VllmServer(arms[arm], server_flags).start()
-                everything.callback(running[arm].stop)
-                for each in work:
-                    measure(running[arm], each)
+            if arm not in up:
+                serving.stop_together(servers[other] for other in up)
+                up = tuple(servers) if together else (arm,)
+                serving.start_together([servers[each] for each in up])
+                for server in (servers[each] for each in up):
+                    for each in work:
+                        measure(server, each.shorter())
             for each in (each for each in work if number <= each.rounds):
                 before = hardware.energy_joules()
-                result = measure(running[arm], each)
+                result = measure(servers[arm], each)
                 joules = math.nan if before is None else hardware.energy_joules() - before
-                rows.append({"round": number, "arm": arm, "streams": each.streams,
-                             "prompt_tokens": each.prompt_tokens,
+                rows.append({"round": number, "arm": arm, "work": each.title,
+                             "streams": each.streams, "prompt_tokens": each.prompt_tokens,
                              "generated_tokens": each.generated_tokens,
-                             "kernel": running[arm].kernel, "output_tok_s": result.output_tok_s,
+                             "kernel": servers[arm].kernel,
+                             "tok_s": tokens_per_second(each, result),
+                             "output_tok_s": result.output_tok_s,
                              "joules_per_token": joules / sum(result.output_tokens),
                              **{name: getattr(result, name) for name in LATENCIES}})
+    return pd.DataFrame(rows)
+
+
+def ratios(rounds: "pd.DataFrame", base: str = "bf16") -> "pd.DataFrame":
+    """The speed of each arm over that of `base`, taken round by round.
+
+    `rounds`: as `in_turn` returns them. A table with one row per arm and work, in the order of the
+    rounds: arm, work (its title), tok_s (the median), and ratio, low and high, the median of the
+    rounds' ratios with its interval (`stats.ratio_by_round`).
+    """
+    import pandas as pd
+
+    rows = []
+    for (arm, work), of_arm in rounds.groupby(["arm", "work"], sort=False):
+        of_base = rounds[(rounds["arm"] == base) & (rounds["work"] == work)]
+        pair = of_arm.set_index("round")["tok_s"], of_base.set_index("round")["tok_s"]
+        found = stats.ratio_by_round(*(each.sort_index() for each in pair))
+        rows.append({"arm": arm, "work": work, "tok_s": float(of_arm["tok_s"].median()),
+                     "ratio": found.value, "low": found.low, "high": found.high})
     return pd.DataFrame(rows)
 
 

@@ -102,25 +102,33 @@ ONE, BUSY = Work(generated_tokens=500, rounds=3), Work(streams=8, generated_toke
 CPU, GPU = SimpleNamespace(device="cpu", key=""), SimpleNamespace(device="cuda", key="")
 
 
+def shorter(work):
+    return replace(work, generated_tokens=16)
+
+
 @pytest.fixture
 def happenings(monkeypatch):
     """`compare` with servers and a benchmark that do nothing but note, in order, what is asked.
 
     The energy counter adds up 7 J a run.
     """
-    noted, energy = [], [0]
+    noted, energy, up = [], [0], []
 
     class Server:
         def __init__(self, model, flags):
             self.model, self.flags, self.kernel = model, flags, f"kernel of {model}"
 
-        def start(self):
-            assert throughput.NO_REUSE[0] in self.flags
-            noted.append(("start", self.model))
-            return self
+    def start(servers):
+        for server in servers:
+            assert throughput.NO_REUSE[0] in server.flags and server not in up
+            noted.append(("start", server.model))
+            up.append(server)
 
-        def stop(self):
-            noted.append(("stop", self.model))
+    def stop(servers):
+        for server in servers:
+            if server in up:
+                noted.append(("stop", server.model))
+                up.remove(server)
 
     @contextlib.contextmanager
     def benchmark():
@@ -133,6 +141,8 @@ def happenings(monkeypatch):
         yield measure
 
     monkeypatch.setattr(throughput.serving, "VllmServer", Server)
+    monkeypatch.setattr(throughput.serving, "start_together", start)
+    monkeypatch.setattr(throughput.serving, "stop_together", stop)
     monkeypatch.setattr(throughput, "benchmark", benchmark)
     monkeypatch.setattr(hardware, "energy_joules", lambda: energy[0])
     return noted
@@ -142,18 +152,19 @@ def test_every_round_measures_every_arm_after_a_warm_up_that_is_not_counted(
         happenings, monkeypatch):
     monkeypatch.setattr(throughput, "_fit_together", lambda arms: True)
     rounds = throughput.compare({"bf16": "B", "fp8": "F"}, models.tiny(), CPU, [ONE, BUSY])
-    warm_up = [("start", "B"), ("B", ONE), ("B", BUSY)], [("start", "F"), ("F", ONE), ("F", BUSY)]
     assert happenings == [
-        *warm_up[0], ("B", ONE), ("B", BUSY), *warm_up[1], ("F", ONE), ("F", BUSY),
+        ("start", "B"), ("start", "F"),  # side by side, then the warm-up of each
+        ("B", shorter(ONE)), ("B", shorter(BUSY)), ("F", shorter(ONE)), ("F", shorter(BUSY)),
+        ("B", ONE), ("B", BUSY), ("F", ONE), ("F", BUSY),
         ("F", ONE), ("F", BUSY), ("B", ONE), ("B", BUSY),
         ("B", ONE), ("F", ONE),  # the busy work has two rounds
-        ("stop", "F"), ("stop", "B")]
+        ("stop", "B"), ("stop", "F")]
     assert list(zip(rounds["round"], rounds["arm"], rounds["streams"], strict=True)) == [
         (1, "bf16", 1), (1, "bf16", 8), (1, "fp8", 1), (1, "fp8", 8),
         (2, "fp8", 1), (2, "fp8", 8), (2, "bf16", 1), (2, "bf16", 8),
         (3, "bf16", 1), (3, "fp8", 1)]
-    # What each run returned stands in its own row: the fourth thing noted is round 1's first run.
-    assert rounds["output_tok_s"].tolist() == [4, 5, 9, 10, 11, 12, 13, 14, 15, 16]
+    # What each run returned stands in its own row: the seventh thing noted is round 1's first run.
+    assert rounds["output_tok_s"].tolist() == [*range(7, 17)]
     assert rounds["kernel"].tolist()[:3] == ["kernel of B", "kernel of B", "kernel of F"]
     assert rounds["joules_per_token"].tolist()[:2] == [7 / 500, 7 / (8 * 128)]
 
@@ -181,6 +192,40 @@ def test_the_arms_take_turns_in_going_first():
     assert firsts == ["bf16", "fp8", "bf16", "fp8"]
     assert all({a, b} == {"bf16", "fp8"} for (_, a), (_, b) in zip(order[::2], order[1::2],
                                                                  strict=True))
+
+
+def test_servers_are_stopped_when_a_measurement_is_interrupted(happenings, monkeypatch):
+    monkeypatch.setattr(throughput, "_fit_together", lambda arms: True)
+    monkeypatch.setattr(throughput, "tokens_per_second", lambda work, result: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        throughput.compare({"bf16": "B", "fp8": "F"}, models.tiny(), CPU, [ONE])
+    assert happenings[-2:] == [("stop", "B"), ("stop", "F")]
+
+
+def test_a_warm_up_computes_the_same_and_generates_less():
+    assert Work(8, 512, 500).shorter() == Work(8, 512, 16)
+    assert Work(1, 512, 1).shorter() == Work(1, 512, 1)
+
+
+def test_the_speed_of_a_prompt_is_by_its_first_token():
+    result = throughput.BenchResult(4.0, [1], 250.0, 0.0, 0.0, 0.0, 0.0, {})
+    assert throughput.tokens_per_second(Work(1, 512, 1), result) == 2048
+    assert throughput.tokens_per_second(Work(1, 1, 12), result) == 4.0
+
+
+def test_ratios_are_taken_round_by_round():
+    speeds = {("bf16", "1 stream"): [10, 20, 30, 40, 50], ("bf16", "8 streams"): [7] * 5,
+              ("fp8", "1 stream"): [20, 30, 90, 80, 110], ("fp8", "8 streams"): [14] * 5}
+    rounds = pd.DataFrame([
+        {"round": number, "arm": arm, "work": work, "tok_s": tok_s}
+        for (arm, work), each in speeds.items() for number, tok_s in enumerate(each, 1)])
+    found = throughput.ratios(rounds.sample(frac=1, random_state=0).sort_values(
+        ["arm", "work"], kind="stable")).set_index(["arm", "work"])
+    one = found.loc["fp8", "1 stream"]
+    # 2, 1.5, 3, 2, 2.2: five rounds' interval is their range; the medians' ratio would be 2.67
+    assert (one["tok_s"], one["ratio"], one["low"], one["high"]) == pytest.approx((80, 2, 1.5, 3))
+    assert tuple(found.loc["fp8", "8 streams"][["ratio", "low", "high"]]) == (2, 2, 2)
+    assert (found.loc["bf16"]["ratio"] == 1).all()
 
 
 def test_the_summary_holds_medians_and_the_range():

@@ -1,0 +1,331 @@
+"""A slice of Phi-4: whole layers of its shapes with random weights, to measure ratios of speed on.
+
+What a layer computes and how many bytes that reads follows from its shapes, whatever its weights
+are, and a claim of "1.88x" is a ratio. So it can be measured where Phi-4 does not fit. The slice
+has n of Phi-4's 40 layers, and n fortieths of the rows of its output head, which every arm leaves
+in 16 bits: the ceiling of the ratio is then Phi-4's own.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from helpers import (
+    WorkbookError,
+    checkpoint,
+    hardware,
+    ledger,
+    models,
+    quantize,
+    roofline,
+    schemes,
+    serving,
+    throughput,
+    workspace,
+)
+from helpers.checkpoint import Checkpoint
+from helpers.hardware import Machine, ServingMode
+from helpers.headers import TensorInfo
+from helpers.throughput import Work
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+LAYERS = {"cpu": 2, "cuda": 10}  # a bf16 copy of 1.5 GB, and of 7.3 GB
+MAX_MODEL_LEN = 1024
+KV_CACHE = 2**28  # bytes: 26,000 tokens of two layers, 5,000 of ten
+# Bytes that a server takes beside its weights and its KV cache, and what making a quantized copy
+# takes beside the bf16 weights and the codes: both measured (PSS), and rounded up.
+SERVER = {"cpu": 10**9, "cuda": 2 * 10**9}
+MAKING = 10**9
+# The presets of LLM Compressor, by the name that a format has in the ledger.
+PRESETS = {"fp8": "FP8_DYNAMIC", "int8": "INT8", "int4": "W4A16"}
+# What every config.json of the slice has from the whole model's.
+KEPT = ("model_type", "hidden_size", "intermediate_size", "num_attention_heads",
+        "num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings")
+# Few tokens: a slice decodes at the speed of all 40 layers divided by its share of them.
+WORK = (Work(1, 1, 12), Work(8, 1, 12), Work(1, 512, 1))
+# A random model may say nothing but special tokens; the benchmark takes hidden ones for failures.
+SHOWN = ("--extra-body", '{"skip_special_tokens": false}')
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is measured: the weights' format, one of `ledger_row.ARMS`, and the products' bits.
+
+    `flags`: of its server, beside those of all arms.
+    """
+
+    format: str
+    numerics: str = ""
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Slice:
+    """How large a slice is made, and how it is served: all arms' servers at once, or in turn."""
+
+    config: dict
+    together: bool
+    why: str
+
+    @property
+    def layers(self) -> int:
+        return self.config["num_hidden_layers"]
+
+    @property
+    def title(self) -> str:
+        return title(self.layers)
+
+    def tensors(self, format: str) -> list[TensorInfo]:
+        """What its checkpoint holds in a format, one of `PRESETS` or "bf16"."""
+        base = roofline.tensors(self.config)
+        return base if format == "bf16" else schemes.predict(base, PRESETS[format])
+
+    def bytes_per_token(self, format: str) -> int:
+        """Bytes of weights that one stream reads per token."""
+        return roofline.bytes_per_token(self.tensors(format))
+
+
+def title(layers: int) -> str:
+    """The name of such a model in the ledger."""
+    return f"{layers} layers of Phi-4, random weights"
+
+
+def arms(mode: ServingMode) -> dict[str, Arm]:
+    """What a machine measures, by the name it is shown under, bf16 first.
+
+    INT8 is the 8-bit arithmetic of a CPU, as FP8 is that of a GPU from Ada on; Marlin gives the
+    arithmetic of the model card's A40 on any GPU.
+    """
+    if mode.device == "cpu":
+        return {"bf16": Arm("bf16"), "FP8 W8A16": Arm("fp8", "w8a16"),
+                "INT8 W8A8": Arm("int8", "w8a8")}
+    own = {"FP8 W8A8": Arm("fp8", "w8a8")} if mode.key == "gpu-w8a8" else {}
+    return {"bf16": Arm("bf16"), **own, "FP8 W8A16": Arm("fp8", "w8a16", tuple(serving.MARLIN))}
+
+
+def choose(machine: Machine, mode: ServingMode, free: int | None = None) -> Slice:
+    """The largest slice that memory holds, of up to `LAYERS`, and whether all servers fit at once.
+
+    `free`: bytes of memory that are free, by default those of the GPU that is used, or the RAM's
+    now. Fewer layers come before fewer servers at once, which costs a start for each turn. Raises
+    `WorkbookError` where not even one layer can be served.
+    """
+    if free is None:
+        free = (models.memory(machine) if mode.device == "cuda" else hardware.available_ram())
+    whole = roofline.load_config(workspace.data("phi4"))
+    for together in (True, False):
+        for layers in range(LAYERS[mode.device], 0, -1):
+            found = Slice(sliced(whole, layers), together, "")
+            needed = _memory(found, mode)
+            if needed <= free:
+                return replace(found, why=_why(found, needed, free, mode))
+    raise WorkbookError(
+        f"One layer of Phi-4 takes {needed / 1e9:.1f} GB to serve, and {free / 1e9:.1f} GB are "
+        "free.", "No ratio can be measured at Phi-4's shapes here.",
+        "Close what else uses memory, and run this again.")
+
+
+def sliced(whole: dict, layers: int) -> dict:
+    """The config of a slice: so many layers of a model, and as large a share of its vocabulary.
+
+    The vocabulary is a multiple of 64, and no smaller than the tokenizer's, the bundled model's.
+    """
+    tokens = roofline.load_config(workspace.data("tiny_phi4"))["vocab_size"]
+    rows = 64 * round(whole["vocab_size"] * layers / whole["num_hidden_layers"] / 64)
+    return {**{name: whole[name] for name in KEPT}, "num_hidden_layers": layers,
+            "vocab_size": max(rows, tokens), "max_position_embeddings": MAX_MODEL_LEN,
+            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def _memory(found: Slice, mode: ServingMode) -> int:
+    """Bytes that serving takes, or making, whichever is more."""
+    each = [checkpoint.total_bytes(found.tensors(arm.format)) + SERVER[mode.device] + KV_CACHE
+            for arm in arms(mode).values()]
+    serving_takes = sum(each) if found.together else max(each)
+    weights = checkpoint.total_bytes(found.tensors("bf16"))
+    making = int(weights * quantize.ONESHOT_MEMORY) + MAKING if mode.device == "cpu" else 0
+    return max(serving_takes, making)
+
+
+def _why(found: Slice, needed: int, free: int, mode: ServingMode) -> str:
+    whole, count = roofline.load_config(workspace.data("phi4")), len(arms(mode))
+    servers = f"all {count} servers at once" if found.together else "one server at a time"
+    said = (f"{found.layers} of Phi-4's {whole['num_hidden_layers']} layers, "
+            f"{checkpoint.total_bytes(found.tensors('bf16')) / 1e9:.1f} GB in bf16, {servers}: "
+            f"{needed / 1e9:.1f} GB of the {free / 1e9:.1f} GB of memory that are free")
+    if found.layers < LAYERS[mode.device] or not found.together:
+        said += f" (more memory would take {LAYERS[mode.device]} layers, all servers at once)"
+    return said
+
+
+def caveat(machine: Machine, mode: ServingMode) -> str:
+    """Why this machine's arithmetic keeps an arm from gaining what it could; "" where it does not.
+    """
+    if mode.device == "cuda":
+        return ""
+    said = []
+    if mode.key == "cpu-unpacked":
+        said.append("FP8 weights are unpacked to bf16 when they are loaded, because "
+                    f"{mode.why.split(':')[0].removeprefix('no GPU, and ')}: expect a ratio of 1")
+    if not machine.cpu_features & {"amx_int8", "avx512_vnni", "avx_vnni"}:
+        said.append("this CPU has no instruction that multiplies 8-bit integers and sums them "
+                    "(VNNI, AMX): INT8 reads fewer bytes, and computes no faster")
+    return "; ".join(said)
+
+
+@contextlib.contextmanager
+def made(found: Slice, recipes: Mapping[str, "QuantizationModifier"]
+         ) -> Iterator[dict[str, Checkpoint]]:
+    """The slice in bf16 and, by LLM Compressor's `oneshot`, in the formats of `recipes`; by format.
+
+    The checkpoints are in the workspace's scratch while the block runs, and gone after it, however
+    it ends; those of a process that was killed are removed the next time. Raises `WorkbookError`
+    for a disk that is too small, or refuses to be written.
+    """
+    target = workspace.folder("scratch") / "phi4-slice"
+    scratch = target.parent / f".{target.name}.made-{os.getpid()}"
+    needed = sum(checkpoint.total_bytes(found.tensors(each)) for each in ("bf16", *recipes))
+    with workspace.writing(target, "The slice of Phi-4 that was begun has been removed."):
+        workspace.clear(target)
+        workspace.require_disk(target.parent, needed, "The slice of Phi-4")
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            base = random_checkpoint(found.config, scratch / f"{target.name}-bf16")
+            yield {"bf16": base} | {
+                format: quantized(base, recipe, scratch / f"{target.name}-{format}")
+                for format, recipe in recipes.items()}
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def random_checkpoint(config: dict, place: Path) -> Checkpoint:
+    """A bf16 checkpoint of this config in the new folder `place`, with the bundled tokenizer.
+
+    Weights: signs and magnitudes from 1/128 to 1/8 at random, made from random bits, since a
+    billion normal numbers take ten seconds; norms are 1. Rows of the head beyond the tokenizer's
+    tokens are 0, so that greedy decoding never takes a token that has no text.
+    """
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+
+    tokens = roofline.load_config(workspace.data("tiny_phi4"))["vocab_size"]
+    bits = np.random.Generator(np.random.SFC64(0))
+    weights = {}
+    for tensor in roofline.tensors(config):
+        if len(tensor.shape) == 1:
+            weights[tensor.name] = torch.ones(tensor.shape, dtype=torch.bfloat16)
+            continue
+        drawn = bits.integers(2**64, size=-(-prod(tensor.shape) // 4), dtype=np.uint64)
+        # bf16: a sign, 8 bits of exponent, 7 of mantissa; the exponent is 120 to 123, less 127
+        drawn = drawn.view(np.int16)[:prod(tensor.shape)]
+        np.bitwise_and(drawn, np.uint16(0x81FF).view(np.int16), out=drawn)
+        np.bitwise_or(drawn, np.int16(120 << 7), out=drawn)
+        weights[tensor.name] = torch.from_numpy(drawn).view(torch.bfloat16).view(tensor.shape)
+    weights["lm_head.weight"][tokens:] = 0
+    place.mkdir(parents=True)
+    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    (place / "config.json").write_text(json.dumps(
+        {**config, "architectures": ["Phi3ForCausalLM"], "dtype": "bfloat16"}, indent=1))
+    for file in workspace.data("tiny_phi4").glob("tokenizer*"):
+        shutil.copyfile(file, place / file.name)
+    workspace.write_manifest(place)
+    return checkpoint.just_written(place)
+
+
+def quantized(base: Checkpoint, recipe: "QuantizationModifier", place: Path) -> Checkpoint:
+    """A checkpoint in the new folder `place` that `oneshot` makes of `base` by a recipe.
+
+    Unlike `quantize.save`'s it is not for keeping: it appears bit by bit, and says not what it was
+    made from.
+    """
+    import torch
+    from llmcompressor import oneshot
+    from transformers import AutoModelForCausalLM
+
+    with quantize.quiet():
+        model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.bfloat16)
+        oneshot(model=model, recipe=recipe)
+        model.save_pretrained(place, save_compressed=True)
+    base.copy_beside(quantize.TOKENIZER_FILES, place)
+    workspace.write_manifest(place)
+    return checkpoint.just_written(place)
+
+
+def servers(found: Slice, made_of_it: Mapping[str, Checkpoint], machine: Machine,
+            mode: ServingMode) -> dict[str, serving.VllmServer]:
+    """A server for each of `arms`, not started; on a GPU each takes its part of the memory."""
+    flags = ["--dtype", "bfloat16", "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "8",
+             "--kv-cache-memory-bytes", str(KV_CACHE), *throughput.NO_REUSE]
+    if mode.device == "cpu":
+        flags += ["--enforce-eager", "--distributed-executor-backend", "uni"]
+
+    def part(model: Checkpoint) -> list[str]:
+        if mode.device == "cpu":
+            return []
+        takes = checkpoint.total_bytes(model.tensors) + SERVER["cuda"] + KV_CACHE
+        share = 0.90 if not found.together else takes / models.memory(machine)
+        return ["--gpu-memory-utilization", f"{share:.3f}"]
+
+    return {name: serving.VllmServer(made_of_it[arm.format], [
+        *flags, *part(made_of_it[arm.format]), *arm.flags], name=f"slice-{arm.format}")
+        for name, arm in arms(mode).items()}
+
+
+def measure(found: Slice, made_of_it: Mapping[str, Checkpoint], machine: Machine,
+            mode: ServingMode) -> "pd.DataFrame":
+    """`throughput.in_turn` of the slice's arms on `WORK`."""
+    return throughput.in_turn(servers(found, made_of_it, machine, mode), WORK, found.together,
+                              SHOWN)
+
+
+def table(ratios: "pd.DataFrame", expected: Mapping[str, float] | None = None) -> "pd.DataFrame":
+    """Speed over bf16's by arm and work, as texts with their intervals, and what was expected.
+
+    `ratios`: as `throughput.ratios` returns it; `expected`: a ratio by work, of the first arm after
+    bf16, the reader's.
+    """
+    import pandas as pd
+
+    lines: dict[str, dict[str, str]] = {}
+    for row in ratios.to_dict("records"):
+        lines.setdefault(row["arm"], {})[row["work"]] = (
+            f"{row['tok_s']:,.1f} tokens/s" if row["arm"] == "bf16" else
+            f"{row['ratio']:.2f}x ({row['low']:.2f} to {row['high']:.2f})")
+    names = list(lines)
+    found = {names[0]: lines[names[0]]}
+    for name in names[1:]:
+        found[name] = lines[name]
+        if expected and name == names[1]:
+            found[f"your prediction for {name}"] = {
+                work: f"{value:.2f}x" for work, value in expected.items()}
+    return pd.DataFrame(found).T.fillna("").rename_axis("over bf16, in the same round")
+
+
+def record(found: Slice, mode: ServingMode, rounds: "pd.DataFrame",
+           made_of_it: Mapping[str, Checkpoint]) -> None:
+    """Append a row for each arm and work to the ledger, as experiment "slice".
+
+    `rounds`: as `measure` returns them; `made_of_it`: the checkpoints, which may be gone by now.
+    """
+    works = {each.title: each for each in WORK}
+    for line in throughput.ratios(rounds).to_dict("records"):
+        arm, work = arms(mode)[line["arm"]], works[line["work"]]
+        ledger.record(
+            "slice", arm.format, mode=mode.key, kernel=throughput.kernel(rounds, line["arm"]),
+            work=work.in_ledger() | {"engine": "vLLM", "numerics": arm.numerics,
+                                     "layers": found.layers},
+            metrics={"tok_s": round(line["tok_s"], 4), "ratio": round(line["ratio"], 4),
+                     "ratio_low": round(line["low"], 4), "ratio_high": round(line["high"], 4)},
+            checkpoint=made_of_it[arm.format].fingerprint,
+            model={"profile": found.title, "repo": "config.json of microsoft/phi-4",
+                   "revision": models.PHI4.revision})
