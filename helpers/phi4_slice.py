@@ -20,22 +20,18 @@ from helpers import (
     WorkbookError,
     checkpoint,
     hardware,
-    ledger,
     models,
     quantize,
     roofline,
     schemes,
     serving,
-    throughput,
     workspace,
 )
 from helpers.checkpoint import Checkpoint
 from helpers.hardware import Machine, ServingMode
 from helpers.headers import TensorInfo
-from helpers.throughput import Work
 
 if TYPE_CHECKING:
-    import pandas as pd
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
 LAYERS = {"cpu": 2, "cuda": 10}  # a bf16 copy of 1.5 GB, and of 7.3 GB
@@ -45,15 +41,12 @@ KV_CACHE = 2**28  # bytes: 26,000 tokens of two layers, 5,000 of ten
 # takes beside the bf16 weights and the codes: both measured (PSS), and rounded up.
 SERVER = {"cpu": 10**9, "cuda": 2 * 10**9}
 MAKING = 10**9
+CARDS = "FP8 W8A16"  # the arm that has the arithmetic of the model card's A40
 # The presets of LLM Compressor, by the name that a format has in the ledger.
 PRESETS = {"fp8": "FP8_DYNAMIC", "int8": "INT8", "int4": "W4A16"}
 # What every config.json of the slice has from the whole model's.
 KEPT = ("model_type", "hidden_size", "intermediate_size", "num_attention_heads",
         "num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings")
-# Few tokens: a slice decodes at the speed of all 40 layers divided by its share of them.
-WORK = (Work(1, 1, 12), Work(8, 1, 12), Work(1, 512, 1))
-# A random model may say nothing but special tokens; the benchmark takes hidden ones for failures.
-SHOWN = ("--extra-body", '{"skip_special_tokens": false}')
 
 
 @dataclass(frozen=True)
@@ -106,10 +99,10 @@ def arms(mode: ServingMode) -> dict[str, Arm]:
     arithmetic of the model card's A40 on any GPU.
     """
     if mode.device == "cpu":
-        return {"bf16": Arm("bf16"), "FP8 W8A16": Arm("fp8", "w8a16"),
+        return {"bf16": Arm("bf16"), CARDS: Arm("fp8", "w8a16"),
                 "INT8 W8A8": Arm("int8", "w8a8")}
     own = {"FP8 W8A8": Arm("fp8", "w8a8")} if mode.key == "gpu-w8a8" else {}
-    return {"bf16": Arm("bf16"), **own, "FP8 W8A16": Arm("fp8", "w8a16", tuple(serving.MARLIN))}
+    return {"bf16": Arm("bf16"), **own, CARDS: Arm("fp8", "w8a16", tuple(serving.MARLIN))}
 
 
 def choose(machine: Machine, mode: ServingMode, free: int | None = None) -> Slice:
@@ -146,9 +139,14 @@ def sliced(whole: dict, layers: int) -> dict:
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
+def served_bytes(weights: int, mode: ServingMode) -> int:
+    """Bytes of memory that a server of so many bytes of weights takes."""
+    return weights + SERVER[mode.device] + KV_CACHE
+
+
 def _memory(found: Slice, mode: ServingMode) -> int:
     """Bytes that serving takes, or making, whichever is more."""
-    each = [checkpoint.total_bytes(found.tensors(arm.format)) + SERVER[mode.device] + KV_CACHE
+    each = [served_bytes(checkpoint.total_bytes(found.tensors(arm.format)), mode)
             for arm in arms(mode).values()]
     serving_takes = sum(each) if found.together else max(each)
     weights = checkpoint.total_bytes(found.tensors("bf16"))
@@ -259,73 +257,3 @@ def quantized(base: Checkpoint, recipe: "QuantizationModifier", place: Path) -> 
     base.copy_beside(quantize.TOKENIZER_FILES, place)
     workspace.write_manifest(place)
     return checkpoint.just_written(place)
-
-
-def servers(found: Slice, made_of_it: Mapping[str, Checkpoint], machine: Machine,
-            mode: ServingMode) -> dict[str, serving.VllmServer]:
-    """A server for each of `arms`, not started; on a GPU each takes its part of the memory."""
-    flags = ["--dtype", "bfloat16", "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "8",
-             "--kv-cache-memory-bytes", str(KV_CACHE), *throughput.NO_REUSE]
-    if mode.device == "cpu":
-        flags += ["--enforce-eager", "--distributed-executor-backend", "uni"]
-
-    def part(model: Checkpoint) -> list[str]:
-        if mode.device == "cpu":
-            return []
-        takes = checkpoint.total_bytes(model.tensors) + SERVER["cuda"] + KV_CACHE
-        share = 0.90 if not found.together else takes / models.memory(machine)
-        return ["--gpu-memory-utilization", f"{share:.3f}"]
-
-    return {name: serving.VllmServer(made_of_it[arm.format], [
-        *flags, *part(made_of_it[arm.format]), *arm.flags], name=f"slice-{arm.format}")
-        for name, arm in arms(mode).items()}
-
-
-def measure(found: Slice, made_of_it: Mapping[str, Checkpoint], machine: Machine,
-            mode: ServingMode) -> "pd.DataFrame":
-    """`throughput.in_turn` of the slice's arms on `WORK`."""
-    return throughput.in_turn(servers(found, made_of_it, machine, mode), WORK, found.together,
-                              SHOWN)
-
-
-def table(ratios: "pd.DataFrame", expected: Mapping[str, float] | None = None) -> "pd.DataFrame":
-    """Speed over bf16's by arm and work, as texts with their intervals, and what was expected.
-
-    `ratios`: as `throughput.ratios` returns it; `expected`: a ratio by work, of the first arm after
-    bf16, the reader's.
-    """
-    import pandas as pd
-
-    lines: dict[str, dict[str, str]] = {}
-    for row in ratios.to_dict("records"):
-        lines.setdefault(row["arm"], {})[row["work"]] = (
-            f"{row['tok_s']:,.1f} tokens/s" if row["arm"] == "bf16" else
-            f"{row['ratio']:.2f}x ({row['low']:.2f} to {row['high']:.2f})")
-    names = list(lines)
-    found = {names[0]: lines[names[0]]}
-    for name in names[1:]:
-        found[name] = lines[name]
-        if expected and name == names[1]:
-            found[f"your prediction for {name}"] = {
-                work: f"{value:.2f}x" for work, value in expected.items()}
-    return pd.DataFrame(found).T.fillna("").rename_axis("over bf16, in the same round")
-
-
-def record(found: Slice, mode: ServingMode, rounds: "pd.DataFrame",
-           made_of_it: Mapping[str, Checkpoint]) -> None:
-    """Append a row for each arm and work to the ledger, as experiment "slice".
-
-    `rounds`: as `measure` returns them; `made_of_it`: the checkpoints, which may be gone by now.
-    """
-    works = {each.title: each for each in WORK}
-    for line in throughput.ratios(rounds).to_dict("records"):
-        arm, work = arms(mode)[line["arm"]], works[line["work"]]
-        ledger.record(
-            "slice", arm.format, mode=mode.key, kernel=throughput.kernel(rounds, line["arm"]),
-            work=work.in_ledger() | {"engine": "vLLM", "numerics": arm.numerics,
-                                     "layers": found.layers},
-            metrics={"tok_s": round(line["tok_s"], 4), "ratio": round(line["ratio"], 4),
-                     "ratio_low": round(line["low"], 4), "ratio_high": round(line["high"], 4)},
-            checkpoint=made_of_it[arm.format].fingerprint,
-            model={"profile": found.title, "repo": "config.json of microsoft/phi-4",
-                   "revision": models.PHI4.revision})

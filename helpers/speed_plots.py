@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from helpers import plots
+from helpers import phi4_slice, plots
 from helpers.plots import BF16, FP8, GREY, THIRD
 
 if TYPE_CHECKING:
@@ -16,11 +16,12 @@ def ratios(found: DataFrame, ceiling: float, expected: Mapping[str, float] | Non
     """Each arm's speed over bf16's by kind of work, with its interval, 1 and the ceiling as lines.
 
     `found`: as `throughput.ratios` returns it; `ceiling`: bf16's bytes per token over the others';
-    `expected`: a ratio by work, the reader's, of the first arm after bf16.
+    `expected`: the reader's ratio by work, of the card's arm.
     """
     figure, axis = plots.canvas(height=4)
     works, arms = list(found["work"].unique()), [a for a in found["arm"].unique() if a != "bf16"]
-    for place, (arm, colour) in enumerate(zip(arms, (FP8, THIRD), strict=False)):
+    for place, arm in enumerate(arms):
+        colour = FP8 if arm == phi4_slice.CARDS else THIRD
         of_arm = found[found["arm"] == arm]
         at = [works.index(work) + 0.16 * (2 * place - len(arms) + 1) for work in of_arm["work"]]
         axis.errorbar(at, of_arm["ratio"], fmt="os"[place], color=colour, capsize=4, label=arm,
@@ -28,7 +29,7 @@ def ratios(found: DataFrame, ceiling: float, expected: Mapping[str, float] | Non
         for x, value in zip(at, of_arm["ratio"], strict=True):
             axis.annotate(f"{value:.2f}", (x, value), xytext=(8, 0), va="center",
                           textcoords="offset points", color=colour)
-        if expected and not place:
+        if expected and arm == phi4_slice.CARDS:
             axis.plot([at[works.index(work)] - 0.1 for work in expected], expected.values(), "D",
                       mfc="none", color=GREY, label=f"your prediction for {arm}")
     for height, colour, said in ((1, BF16, "as fast as bf16"),
@@ -41,19 +42,20 @@ def ratios(found: DataFrame, ceiling: float, expected: Mapping[str, float] | Non
     axis.set_ylim(bottom=0)
     axis.set_ylabel("tokens/s over bf16's, same round")
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    axis.set_title(_finding(found, arms, works), loc="left")
+    axis.set_title(_finding(found, works), loc="left")
     plots.show(figure, "Speed over bf16's with 95 % intervals. " + "; ".join(
         f"{row['arm']}, {row['work']}: {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
         for row in found.to_dict("records") if row["arm"] != "bf16")
         + f". The ceiling is {ceiling:.2f}.")
 
 
-def _finding(found: DataFrame, arms: list[str], works: list[str]) -> str:
-    """What the intervals bear: where the first arm is faster for sure, and where it is not."""
-    of_first = found[found["arm"] == arms[0]].set_index("work")
-    faster = [work for work in works if of_first.loc[work, "low"] > 1]
+def _finding(found: DataFrame, works: list[str]) -> str:
+    """What the intervals bear: where the card's arm is faster for sure."""
+    arm = phi4_slice.CARDS
+    low = found[found["arm"] == arm].set_index("work")["low"]
+    faster = [work for work in works if low[work] > 1]
     if not faster:
-        return f"Where is {arms[0]} faster than bf16?"
+        return f"Where is {arm} faster than bf16?"
     if len(faster) == len(works):
-        return f"{arms[0]} is faster at all three"
-    return f"{arms[0]} is faster with {' and '.join(faster)} only"
+        return f"{arm} is faster than bf16 at all of it"
+    return f"{arm} is faster than bf16 with {' and '.join(faster)}, and with no other"

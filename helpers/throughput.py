@@ -15,9 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TextIO
 
-import psutil
-
-from helpers import WorkbookError, checkpoint, hardware, serving, stats, workspace
+from helpers import WorkbookError, hardware, servers, serving, stats, workspace
 from helpers.checkpoint import Checkpoint
 from helpers.hardware import ServingMode
 from helpers.models import Profile
@@ -27,8 +25,6 @@ if TYPE_CHECKING:
 
 # The benchmark sends the same prompts in every run: from a cached prefix no prefill would be timed.
 NO_REUSE = ["--no-enable-prefix-caching"]
-
-_SERVER_MEMORY = 4 * 2**30  # bytes that a server on a CPU takes beside its weights
 
 
 @dataclass(frozen=True)
@@ -123,14 +119,14 @@ def compare(arms: dict[str, Checkpoint], profile: Profile, mode: ServingMode,
     """
     flags = [*serving.default_flags(profile, mode), *NO_REUSE]
     return in_turn({arm: serving.VllmServer(model, flags) for arm, model in arms.items()}, work,
-                   together=mode.device == "cpu" and _fit_together(arms))
+                   together=servers.fit_together(arms.values(), mode))
 
 
-def in_turn(servers: dict[str, serving.VllmServer], work: Sequence[Work], together: bool,
+def in_turn(of_arm: dict[str, serving.VllmServer], work: Sequence[Work], together: bool,
             extra: Sequence[str] = ()) -> "pd.DataFrame":
     """Measure every server on all work, in an order that alternates from round to round.
 
-    `servers`: by arm, not started; they are stopped at the end. `together`: whether all of them
+    `of_arm`: the servers, not started; they are stopped at the end. `together`: whether all of them
     run at once, or only the one that is measured. `extra`: flags of `vllm bench serve`. A table
     with one row per round, arm and work: round, arm, work (its title), streams, prompt_tokens,
     generated_tokens, kernel, tok_s (`tokens_per_second`), output_tok_s, joules_per_token (of the
@@ -141,26 +137,26 @@ def in_turn(servers: dict[str, serving.VllmServer], work: Sequence[Work], togeth
     from tqdm.auto import tqdm
 
     rows, up = [], ()
-    turns = order(list(servers), max(each.rounds for each in work))
+    turns = order(list(of_arm), max(each.rounds for each in work))
     with contextlib.ExitStack() as everything:
         measure = everything.enter_context(benchmark(*extra))
-        everything.callback(lambda: serving.stop_together(servers.values()))
+        everything.callback(lambda: serving.stop_together(of_arm.values()))
         for number, arm in tqdm(turns, desc="benchmark runs", leave=False):
             if arm not in up:
-                serving.stop_together(servers[other] for other in up)
-                up = tuple(servers) if together else (arm,)
-                serving.start_together([servers[each] for each in up])
-                for server in (servers[each] for each in up):
+                serving.stop_together(of_arm[other] for other in up)
+                up = tuple(of_arm) if together else (arm,)
+                serving.start_together([of_arm[each] for each in up])
+                for server in (of_arm[each] for each in up):
                     for each in work:
                         measure(server, each.shorter())
             for each in (each for each in work if number <= each.rounds):
                 before = hardware.energy_joules()
-                result = measure(servers[arm], each)
+                result = measure(of_arm[arm], each)
                 joules = math.nan if before is None else hardware.energy_joules() - before
                 rows.append({"round": number, "arm": arm, "work": each.title,
                              "streams": each.streams, "prompt_tokens": each.prompt_tokens,
                              "generated_tokens": each.generated_tokens,
-                             "kernel": servers[arm].kernel,
+                             "kernel": of_arm[arm].kernel,
                              "tok_s": tokens_per_second(each, result),
                              "output_tok_s": result.output_tok_s,
                              "joules_per_token": joules / sum(result.output_tokens),
@@ -217,11 +213,6 @@ def order(arms: list[str], rounds: int) -> list[tuple[int, str]]:
     """Rounds 1, 2, 3 ...: every arm once, forwards in the odd ones, backwards in the even."""
     return [(number, arm) for number in range(1, rounds + 1)
             for arm in (arms if number % 2 else arms[::-1])]
-
-
-def _fit_together(arms: dict[str, Checkpoint]) -> bool:
-    weights = sum(checkpoint.total_bytes(model.tensors) for model in arms.values())
-    return weights + len(arms) * _SERVER_MEMORY < psutil.virtual_memory().available
 
 
 @contextlib.contextmanager

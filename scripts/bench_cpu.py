@@ -39,6 +39,7 @@ from helpers import (
     plots,
     roofline,
     serving,
+    slice_speed,
     smollm2,
     throughput,
     workspace,
@@ -176,7 +177,7 @@ def bench(subject: Subject, made: dict[str, Checkpoint], rounds: int,
     flags = serving.default_flags(models.tiny(), hardware.serving_mode(hardware.detect()))
     flags += ["--max-model-len", str(MAX_MODEL_LEN), *throughput.NO_REUSE]  # vLLM takes the last
     with contextlib.ExitStack() as everything:
-        measure = everything.enter_context(throughput.benchmark(*phi4_slice.SHOWN))
+        measure = everything.enter_context(throughput.benchmark(*slice_speed.SHOWN))
         arms, kernels = {cpu_bench.TRANSFORMERS: transformers_arm(made["bf16"])}, {}
         if gguf:
             arms[cpu_bench.LLAMA_CPP] = llama_cpp_arm(gguf, serving.threads(made["bf16"]))

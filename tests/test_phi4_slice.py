@@ -14,6 +14,7 @@ from helpers import (
     phi4_slice,
     roofline,
     serving,
+    slice_speed,
     throughput,
     workspace,
 )
@@ -49,7 +50,7 @@ def test_a_cpu_with_less_memory_makes_fewer_layers_or_serves_them_in_turn(free, 
 
 
 @pytest.mark.parametrize("memory, layers, together", [
-    (80, 10, True), (24, 10, True), (16, 6, True), (8, 2, True)])
+    (80, 10, True), (24, 10, True), (16, 6, True), (8, 7, False)])
 def test_a_gpu_gets_as_many_layers_as_its_memory_holds_three_times(memory, layers, together):
     found = chosen(memory * GB, gpu_memory=memory * GB, capability=(8, 9))
     assert (found.layers, found.together) == (layers, together)
@@ -198,14 +199,14 @@ def test_a_slice_is_served_measured_and_recorded(tmp_workspace, small, recipes, 
     """Two arms of a slice of the bundled model, by the functions that notebook 07 calls."""
     where = hardware.detect()
     mode = hardware.serving_mode(where)
-    monkeypatch.setattr(phi4_slice, "WORK", (Work(1, 1, 4, 2), Work(1, 32, 1, 2)))
+    monkeypatch.setattr(slice_speed, "WORK", (Work(1, 1, 4, 2), Work(1, 32, 1, 2)))
     every = phi4_slice.arms(mode)
     two = {name: every[name] for name in [*every][::len(every) - 1]}  # the first and the last
     monkeypatch.setattr(phi4_slice, "arms", lambda mode: two)
     format = [arm.format for arm in two.values()][1]
     with phi4_slice.made(small, {format: recipes[format]}) as found:
-        rounds = phi4_slice.measure(small, found, where, mode)
-        phi4_slice.record(small, mode, rounds, found)
+        rounds = slice_speed.measure(small, found, where, mode)
+        slice_speed.record(small, mode, rounds, found)
     assert len(rounds) == 2 * 2 * 2 and (rounds["tok_s"] > 0).all()
     rows = ledger.read()
     assert [row["arm"] for row in rows] == ["bf16", "bf16", format, format]
@@ -217,6 +218,17 @@ def test_a_slice_is_served_measured_and_recorded(tmp_workspace, small, recipes, 
     assert rows[3]["work"]["input_tokens"] == 32 and rows[3]["work"]["layers"] == 1
 
 
+@pytest.mark.parametrize("answer, said", [
+    (..., "Not predicted yet"), ([1, 2], "Not kept"), (1.5, "Not kept"), ("abc", "Not kept"),
+    ([1, -1, 1], "Not kept"), ([1, None, 1], "Not kept"), ([float("nan")] * 3, "Not kept"),
+    ([1.9, 1, 0.8], "Kept: 1 stream 1.9x, 8 streams 1x, prompt of 512 0.8x")])
+def test_a_prediction_is_kept_or_it_is_said_why_not(tmp_workspace, capsys, answer, said):
+    slice_speed.predict(answer)
+    assert said in capsys.readouterr().out
+    assert slice_speed.predicted() == ({} if not said.startswith("Kept") else {
+        "1 stream": 1.9, "8 streams": 1.0, "prompt of 512": 0.8})
+
+
 def test_the_prediction_stands_below_what_it_is_of():
     import pandas as pd
 
@@ -225,7 +237,7 @@ def test_the_prediction_stands_below_what_it_is_of():
          "high": ratio + 0.1}
         for arm, each in (("bf16", (1, 1)), ("FP8 W8A16", (1.9, 0.8)), ("INT8 W8A8", (1.8, 1.7)))
         for work, ratio in zip(("1 stream", "prompt of 512"), each, strict=True)])
-    shown = phi4_slice.table(ratios, {"1 stream": 1.5, "prompt of 512": 1})
+    shown = slice_speed.table(ratios, {"1 stream": 1.5, "prompt of 512": 1})
     assert shown["1 stream"].to_list() == [
         "17.0 tokens/s", "1.90x (1.80 to 2.00)", "1.50x", "1.80x (1.70 to 1.90)"]
-    assert "FP8 W8A16" in shown.index[2] and len(phi4_slice.table(ratios)) == 3
+    assert "FP8 W8A16" in shown.index[2] and len(slice_speed.table(ratios)) == 3

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 
 from helpers import WorkbookError, hardware, models, throughput
-from helpers.headers import TensorInfo
 from helpers.throughput import Work
 
 
@@ -150,7 +149,7 @@ def happenings(monkeypatch):
 
 def test_every_round_measures_every_arm_after_a_warm_up_that_is_not_counted(
         happenings, monkeypatch):
-    monkeypatch.setattr(throughput, "_fit_together", lambda arms: True)
+    monkeypatch.setattr(throughput.servers, "fit_together", lambda *_: True)
     rounds = throughput.compare({"bf16": "B", "fp8": "F"}, models.tiny(), CPU, [ONE, BUSY])
     assert happenings == [
         ("start", "B"), ("start", "F"),  # side by side, then the warm-up of each
@@ -169,7 +168,8 @@ def test_every_round_measures_every_arm_after_a_warm_up_that_is_not_counted(
     assert rounds["joules_per_token"].tolist()[:2] == [7 / 500, 7 / (8 * 128)]
 
 
-def test_on_a_gpu_only_the_server_that_is_measured_is_up(happenings, monkeypatch):
+def test_where_not_all_fit_only_the_server_that_is_measured_is_up(happenings, monkeypatch):
+    monkeypatch.setattr(throughput.servers, "fit_together", lambda *_: False)
     monkeypatch.setattr(hardware, "energy_joules", lambda: None)
     rounds = throughput.compare({"bf16": "B", "fp8": "F"}, models.tiny(), GPU, [ONE])
     up = set()
@@ -195,7 +195,7 @@ def test_the_arms_take_turns_in_going_first():
 
 
 def test_servers_are_stopped_when_a_measurement_is_interrupted(happenings, monkeypatch):
-    monkeypatch.setattr(throughput, "_fit_together", lambda arms: True)
+    monkeypatch.setattr(throughput.servers, "fit_together", lambda *_: True)
     monkeypatch.setattr(throughput, "tokens_per_second", lambda work, result: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         throughput.compare({"bf16": "B", "fp8": "F"}, models.tiny(), CPU, [ONE])
@@ -248,9 +248,3 @@ def test_the_summary_holds_medians_and_the_range():
     assert "ratio" not in throughput.summary(alone, "fp8", Work())
     assert "ratio" not in throughput.summary(rounds, "bf16", Work())
     assert throughput.kernel(rounds, "bf16") == "unquantized"
-
-
-def test_two_models_too_large_for_memory_are_not_served_together(tiny_base):
-    assert throughput._fit_together({"bf16": tiny_base, "fp8": tiny_base})
-    huge = replace(tiny_base, tensors=(TensorInfo("weight", "BF16", (2**21, 2**21), 2**43),))
-    assert not throughput._fit_together({"bf16": tiny_base, "fp8": huge})
