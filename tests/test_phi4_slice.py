@@ -1,6 +1,8 @@
 """The slice of Phi-4: how large it is where, that it is what it says, and that nothing is left."""
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -149,11 +151,12 @@ def test_an_interruption_leaves_nothing(tmp_workspace, small):
 
 
 def test_what_a_killed_process_left_is_removed_the_next_time(tmp_workspace, small):
-    pid = os.fork()
-    if pid == 0:  # a process that dies in the middle
-        with phi4_slice.made(small, {}):
-            os._exit(9)
-    os.waitpid(pid, 0)
+    died = subprocess.run([sys.executable, "-c", f"""
+import os
+from helpers import phi4_slice
+with phi4_slice.made(phi4_slice.Slice({small.config!r}, True, ""), {{}}):
+    os._exit(9)"""])
+    assert died.returncode == 9
     assert len(left(tmp_workspace)) == 1
     with phi4_slice.made(small, {}):
         assert [str(os.getpid()) in each.name for each in left(tmp_workspace)] == [True]
