@@ -108,22 +108,24 @@ def arms(mode: ServingMode) -> dict[str, Arm]:
 def choose(machine: Machine, mode: ServingMode, free: int | None = None) -> Slice:
     """The largest slice that memory holds, of up to `LAYERS`, and whether all servers fit at once.
 
-    `free`: bytes of memory that are free, by default those of the GPU that is used, or the RAM's
-    now. Fewer layers come before fewer servers at once, which costs a start for each turn. Raises
-    `WorkbookError` where not even one layer can be served.
+    `free`: bytes of memory to serve in, by default the GPU's that is used, or what is free of the
+    RAM, in which the slice is made in any case. Fewer layers come before fewer servers at once,
+    which costs a start for each turn. Raises `WorkbookError` where not even one layer fits.
     """
+    ram = hardware.available_ram()
     if free is None:
-        free = (models.memory(machine) if mode.device == "cuda" else hardware.available_ram())
+        free = models.memory(machine) if mode.device == "cuda" else ram
     whole = roofline.load_config(workspace.data("phi4"))
     for together in (True, False):
         for layers in range(LAYERS[mode.device], 0, -1):
             found = Slice(sliced(whole, layers), together, "")
-            needed = _memory(found, mode)
-            if needed <= free:
-                return replace(found, why=_why(found, needed, free, mode))
+            served, making = _memory(found, mode)
+            if served <= free and making <= (ram if mode.device == "cuda" else free):
+                return replace(found, why=_why(found, served, free, mode))
     raise WorkbookError(
-        f"One layer of Phi-4 takes {needed / 1e9:.1f} GB to serve, and {free / 1e9:.1f} GB are "
-        "free.", "No ratio can be measured at Phi-4's shapes here.",
+        f"One layer of Phi-4 takes {making / 1e9:.1f} GB to make and {served / 1e9:.1f} GB to "
+        f"serve, and {free / 1e9:.1f} GB are free.",
+        "No ratio can be measured at Phi-4's shapes here.",
         "Close what else uses memory, and run this again.")
 
 
@@ -144,14 +146,13 @@ def served_bytes(weights: int, mode: ServingMode) -> int:
     return weights + SERVER[mode.device] + KV_CACHE
 
 
-def _memory(found: Slice, mode: ServingMode) -> int:
-    """Bytes that serving takes, or making, whichever is more."""
+def _memory(found: Slice, mode: ServingMode) -> tuple[int, int]:
+    """Bytes that serving takes, and those of RAM that making takes."""
     each = [served_bytes(checkpoint.total_bytes(found.tensors(arm.format)), mode)
             for arm in arms(mode).values()]
-    serving_takes = sum(each) if found.together else max(each)
     weights = checkpoint.total_bytes(found.tensors("bf16"))
-    making = int(weights * quantize.ONESHOT_MEMORY) + MAKING if mode.device == "cpu" else 0
-    return max(serving_takes, making)
+    return (sum(each) if found.together else max(each),
+            int(weights * quantize.ONESHOT_MEMORY) + MAKING)
 
 
 def _why(found: Slice, needed: int, free: int, mode: ServingMode) -> str:

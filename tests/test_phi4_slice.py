@@ -53,17 +53,26 @@ def test_a_cpu_with_less_memory_makes_fewer_layers_or_serves_them_in_turn(free, 
 
 @pytest.mark.parametrize("memory, layers, together", [
     (80, 10, True), (24, 10, True), (16, 6, True), (8, 7, False)])
-def test_a_gpu_gets_as_many_layers_as_its_memory_holds_three_times(memory, layers, together):
+def test_a_gpu_gets_as_many_layers_as_its_memory_holds_three_times(
+        memory, layers, together, monkeypatch):
+    monkeypatch.setattr(hardware, "available_ram", lambda: 64 * GB)
     found = chosen(memory * GB, gpu_memory=memory * GB, capability=(8, 9))
     assert (found.layers, found.together) == (layers, together)
 
 
+def test_a_gpu_beside_little_ram_gets_what_can_be_made_there(monkeypatch):
+    monkeypatch.setattr(hardware, "available_ram", lambda: 6 * GB)
+    found = chosen(80 * GB, gpu_memory=80 * GB)
+    assert 1 < found.layers < 10 and found.together
+
+
 def test_a_machine_that_holds_not_one_layer_is_told_so():
-    with pytest.raises(WorkbookError, match="One layer of Phi-4 takes .* and 1.0 GB are free"):
+    with pytest.raises(WorkbookError, match="One layer of Phi-4 takes .*, and 1.0 GB are free"):
         chosen(GB)
 
 
-def test_the_bf16_copy_is_of_the_size_that_was_meant():
+def test_the_bf16_copy_is_of_the_size_that_was_meant(monkeypatch):
+    monkeypatch.setattr(hardware, "available_ram", lambda: 64 * GB)
     for kind, least, most in (({}, 1, 3), ({"gpu_memory": 80 * GB}, 4, 8)):
         found = chosen(80 * GB, **kind)
         assert least * GB < checkpoint.total_bytes(found.tensors("bf16")) < most * GB
