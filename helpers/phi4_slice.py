@@ -7,6 +7,7 @@ in 16 bits: the ceiling of the ratio is then Phi-4's own.
 """
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -36,10 +37,12 @@ if TYPE_CHECKING:
 
 LAYERS = {"cpu": 2, "cuda": 10}  # a bf16 copy of 1.5 GB, and of 7.3 GB
 MAX_MODEL_LEN = 1024
-KV_CACHE = 2**28  # bytes: 26,000 tokens of two layers, 5,000 of ten
-# Bytes that a server takes beside its weights and its KV cache, and what making a quantized copy
-# takes beside the bf16 weights and the codes: both measured (PSS), and rounded up.
+KV_TOKENS = 2048  # of all requests together
+# Bytes that a server takes beside its weights and its KV cache; what all else takes meanwhile, the
+# notebook and the benchmark; and what making a quantized copy takes beside the bf16 weights and the
+# codes. Measured on a CPU (PSS), and rounded up.
 SERVER = {"cpu": 10**9, "cuda": 2 * 10**9}
+BESIDE = {"cpu": 600_000_000, "cuda": 0}
 MAKING = 10**9
 CARDS = "FP8 W8A16"  # the arm that has the arithmetic of the model card's A40
 # The presets of LLM Compressor, by the name that a format has in the ledger.
@@ -81,6 +84,15 @@ class Slice:
         """What its checkpoint holds in a format, one of `PRESETS` or "bf16"."""
         base = roofline.tensors(self.config)
         return base if format == "bf16" else schemes.predict(base, PRESETS[format])
+
+    @property
+    def kv_bytes(self) -> int:
+        """The KV cache that each of its servers is given."""
+        return KV_TOKENS * roofline.kv_bytes_per_token(self.config)
+
+    def served_bytes(self, format: str, device: str) -> int:
+        """Memory that a server of it in a format takes on "cpu" or "cuda"."""
+        return checkpoint.total_bytes(self.tensors(format)) + self.kv_bytes + SERVER[device]
 
     def bytes_per_token(self, format: str) -> int:
         """Bytes of weights that one stream reads per token."""
@@ -141,17 +153,11 @@ def sliced(whole: dict, layers: int) -> dict:
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-def served_bytes(weights: int, mode: ServingMode) -> int:
-    """Bytes of memory that a server of so many bytes of weights takes."""
-    return weights + SERVER[mode.device] + KV_CACHE
-
-
 def _memory(found: Slice, mode: ServingMode) -> tuple[int, int]:
     """Bytes that serving takes, and those of RAM that making takes."""
-    each = [served_bytes(checkpoint.total_bytes(found.tensors(arm.format)), mode)
-            for arm in arms(mode).values()]
+    each = [found.served_bytes(arm.format, mode.device) for arm in arms(mode).values()]
     weights = checkpoint.total_bytes(found.tensors("bf16"))
-    return (sum(each) if found.together else max(each),
+    return ((sum(each) if found.together else max(each)) + BESIDE[mode.device],
             int(weights * quantize.ONESHOT_MEMORY) + MAKING)
 
 
@@ -249,12 +255,16 @@ def quantized(base: Checkpoint, recipe: "QuantizationModifier", place: Path) -> 
     """
     import torch
     from llmcompressor import oneshot
+    from llmcompressor.core import reset_session
     from transformers import AutoModelForCausalLM
 
     with quantize.quiet():
         model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.bfloat16)
         oneshot(model=model, recipe=recipe)
         model.save_pretrained(place, save_compressed=True)
+    del model
+    reset_session()  # which keeps the model
+    gc.collect()
     base.copy_beside(quantize.TOKENIZER_FILES, place)
     workspace.write_manifest(place)
     return checkpoint.just_written(place)

@@ -6,7 +6,7 @@ The reader predicts the ratios first, and finds them beside the measured ones.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from helpers import checkpoint, ledger, models, phi4_slice, predictions, serving, throughput
+from helpers import ledger, models, phi4_slice, predictions, serving, throughput
 from helpers.checkpoint import Checkpoint
 from helpers.hardware import Machine, ServingMode
 from helpers.phi4_slice import Slice
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # From prompts of one token, so that every step is one of decoding. Few tokens are enough: a token
-# of two layers takes some 50 ms on a CPU.
-WORK = (Work(1, 1, 12), Work(8, 1, 12), Work(1, 512, 1))
+# of two layers takes some 30 ms on a CPU.
+WORK = (Work(1, 1, 32), Work(8, 1, 12), Work(1, 512, 1))
 # A random model may say nothing but special tokens; the benchmark takes hidden ones for failures.
 SHOWN = ("--extra-body", '{"skip_special_tokens": false}')
 PREDICTED = "slice"  # the name that the reader's ratios are kept under
@@ -55,7 +55,7 @@ def servers(part: Slice, copies: Mapping[str, Checkpoint], machine: Machine,
     `copies`: by format. On a GPU where all are up at once each is given its part of the memory.
     """
     flags = ["--dtype", "bfloat16", "--max-model-len", str(phi4_slice.MAX_MODEL_LEN),
-             "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(phi4_slice.KV_CACHE),
+             "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(part.kv_bytes),
              *throughput.NO_REUSE]
     if mode.device == "cpu":
         flags += ["--enforce-eager", "--distributed-executor-backend", "uni"]
@@ -63,8 +63,8 @@ def servers(part: Slice, copies: Mapping[str, Checkpoint], machine: Machine,
     for name, arm in phi4_slice.arms(mode).items():
         model, share = copies[arm.format], []
         if mode.device == "cuda":
-            of_all = (phi4_slice.served_bytes(checkpoint.total_bytes(model.tensors), mode)
-                      / models.memory(machine) if part.together else 0.90)
+            of_all = (part.served_bytes(arm.format, "cuda") / models.memory(machine)
+                      if part.together else 0.90)
             share = ["--gpu-memory-utilization", f"{of_all:.3f}"]
         found[name] = serving.VllmServer(model, [*flags, *share, *arm.flags],
                                          name=f"slice-{arm.format}")

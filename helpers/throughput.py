@@ -105,10 +105,14 @@ LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "ttft_p99_ms", "itl_p99_ms")
 
 
 def tokens_per_second(work: Work, result: BenchResult) -> float:
-    """The speed of a work: of decoding, or of a prompt by the time to its first token."""
+    """The speed of decoding, all streams together, or of a prompt: what each spends its time on.
+
+    Decoding is counted by TPOT, so without the first token and a request's own costs, which few
+    tokens would have to bear; a prompt by the time to its first token.
+    """
     if work.generated_tokens == 1:
         return 1000 * work.counted_tokens / result.ttft_ms
-    return result.output_tok_s
+    return 1000 * work.streams / result.tpot_ms
 
 
 def compare(arms: dict[str, Checkpoint], profile: Profile, mode: ServingMode,
@@ -127,41 +131,53 @@ def in_turn(of_arm: dict[str, serving.VllmServer], work: Sequence[Work], togethe
     """Measure every server on all work, in an order that alternates from round to round.
 
     `of_arm`: the servers, not started; they are stopped at the end. `together`: whether all of them
-    run at once, or only the one that is measured. `extra`: flags of `vllm bench serve`. A table
-    with one row per round, arm and work: round, arm, work (its title), streams, prompt_tokens,
-    generated_tokens, kernel, tok_s (`tokens_per_second`), output_tok_s, joules_per_token (of the
-    GPU, the prompt's included; NaN where none reports it) and `LATENCIES`. After a server's start
-    each piece of work is run once, with fewer tokens, and the result thrown away.
+    run at once; then the arms take turns at each piece of work, so that what is compared lies
+    seconds apart, else only the one that is measured is up, and does all the work of a round.
+    `extra`: flags of `vllm bench serve`. A table with one row per round, arm and work: round, arm,
+    work (its title), streams, prompt_tokens, generated_tokens, kernel, tok_s
+    (`tokens_per_second`), output_tok_s, joules_per_token (of the GPU, the prompt's included; NaN
+    where none reports it) and `LATENCIES`. After a server's start each piece of work is run once,
+    with fewer tokens, and the result thrown away.
     """
     import pandas as pd
     from tqdm.auto import tqdm
 
     rows, up = [], ()
-    turns = order(list(of_arm), max(each.rounds for each in work))
     with contextlib.ExitStack() as everything:
         measure = everything.enter_context(benchmark(*extra))
         everything.callback(lambda: serving.stop_together(of_arm.values()))
-        for number, arm in tqdm(turns, desc="benchmark runs", leave=False):
+        for number, arm, each in tqdm(turns(list(of_arm), work, together),
+                                      desc="benchmark runs", leave=False):
             if arm not in up:
                 serving.stop_together(of_arm[other] for other in up)
                 up = tuple(of_arm) if together else (arm,)
-                serving.start_together([of_arm[each] for each in up])
-                for server in (of_arm[each] for each in up):
-                    for each in work:
-                        measure(server, each.shorter())
-            for each in (each for each in work if number <= each.rounds):
-                before = hardware.energy_joules()
-                result = measure(of_arm[arm], each)
-                joules = math.nan if before is None else hardware.energy_joules() - before
-                rows.append({"round": number, "arm": arm, "work": each.title,
-                             "streams": each.streams, "prompt_tokens": each.prompt_tokens,
-                             "generated_tokens": each.generated_tokens,
-                             "kernel": of_arm[arm].kernel,
-                             "tok_s": tokens_per_second(each, result),
-                             "output_tok_s": result.output_tok_s,
-                             "joules_per_token": joules / sum(result.output_tokens),
-                             **{name: getattr(result, name) for name in LATENCIES}})
+                serving.start_together([of_arm[name] for name in up])
+                for server in (of_arm[name] for name in up):
+                    for warm_up in work:
+                        measure(server, warm_up.shorter())
+            before = hardware.energy_joules()
+            result = measure(of_arm[arm], each)
+            joules = math.nan if before is None else hardware.energy_joules() - before
+            rows.append({"round": number, "arm": arm, "work": each.title,
+                         "streams": each.streams, "prompt_tokens": each.prompt_tokens,
+                         "generated_tokens": each.generated_tokens,
+                         "kernel": of_arm[arm].kernel, "tok_s": tokens_per_second(each, result),
+                         "output_tok_s": result.output_tok_s,
+                         "joules_per_token": joules / sum(result.output_tokens),
+                         **{name: getattr(result, name) for name in LATENCIES}})
     return pd.DataFrame(rows)
+
+
+def turns(arms: list[str], work: Sequence[Work], together: bool) -> list[tuple[int, str, Work]]:
+    """Who does what when: (round, arm, work), forwards through the arms, then backwards.
+
+    `together`: the arms alternate at each piece of work, else each does all of a round's.
+    """
+    every = [(number, arm, each) for number, arm in order(arms, max(w.rounds for w in work))
+             for each in work if number <= each.rounds]
+    if together:  # a stable sort: the order of the arms in a round stays
+        every.sort(key=lambda turn: (turn[0], work.index(turn[2])))
+    return every
 
 
 def ratios(rounds: "pd.DataFrame", base: str = "bf16") -> "pd.DataFrame":

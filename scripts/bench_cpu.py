@@ -115,7 +115,10 @@ def server_arm(server: serving.VllmServer, measure: throughput.Measure) -> Calla
     """Tokens/s of a running server, by vLLM's benchmark; a prompt's by the time to its first token.
     """
     def run(work: Work) -> float:
-        return throughput.tokens_per_second(work, measure(server, work))
+        result = measure(server, work)
+        if work.generated_tokens == 1:
+            return throughput.tokens_per_second(work, result)
+        return result.output_tok_s
     return run
 
 

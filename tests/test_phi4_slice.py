@@ -52,7 +52,7 @@ def test_a_cpu_with_less_memory_makes_fewer_layers_or_serves_them_in_turn(free, 
 
 
 @pytest.mark.parametrize("memory, layers, together", [
-    (80, 10, True), (24, 10, True), (16, 6, True), (8, 7, False)])
+    (80, 10, True), (24, 10, True), (16, 6, True), (8, 1, True), (6, 5, False)])
 def test_a_gpu_gets_as_many_layers_as_its_memory_holds_three_times(
         memory, layers, together, monkeypatch):
     monkeypatch.setattr(hardware, "available_ram", lambda: 64 * GB)

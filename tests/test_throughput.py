@@ -154,18 +154,18 @@ def test_every_round_measures_every_arm_after_a_warm_up_that_is_not_counted(
     assert happenings == [
         ("start", "B"), ("start", "F"),  # side by side, then the warm-up of each
         ("B", shorter(ONE)), ("B", shorter(BUSY)), ("F", shorter(ONE)), ("F", shorter(BUSY)),
-        ("B", ONE), ("B", BUSY), ("F", ONE), ("F", BUSY),
-        ("F", ONE), ("F", BUSY), ("B", ONE), ("B", BUSY),
+        ("B", ONE), ("F", ONE), ("B", BUSY), ("F", BUSY),
+        ("F", ONE), ("B", ONE), ("F", BUSY), ("B", BUSY),
         ("B", ONE), ("F", ONE),  # the busy work has two rounds
         ("stop", "B"), ("stop", "F")]
     assert list(zip(rounds["round"], rounds["arm"], rounds["streams"], strict=True)) == [
-        (1, "bf16", 1), (1, "bf16", 8), (1, "fp8", 1), (1, "fp8", 8),
-        (2, "fp8", 1), (2, "fp8", 8), (2, "bf16", 1), (2, "bf16", 8),
+        (1, "bf16", 1), (1, "fp8", 1), (1, "bf16", 8), (1, "fp8", 8),
+        (2, "fp8", 1), (2, "bf16", 1), (2, "fp8", 8), (2, "bf16", 8),
         (3, "bf16", 1), (3, "fp8", 1)]
     # What each run returned stands in its own row: the seventh thing noted is round 1's first run.
     assert rounds["output_tok_s"].tolist() == [*range(7, 17)]
-    assert rounds["kernel"].tolist()[:3] == ["kernel of B", "kernel of B", "kernel of F"]
-    assert rounds["joules_per_token"].tolist()[:2] == [7 / 500, 7 / (8 * 128)]
+    assert rounds["kernel"].tolist()[:3] == ["kernel of B", "kernel of F", "kernel of B"]
+    assert rounds["joules_per_token"].tolist()[1:3] == [7 / 500, 7 / (8 * 128)]
 
 
 def test_where_not_all_fit_only_the_server_that_is_measured_is_up(happenings, monkeypatch):
@@ -207,10 +207,11 @@ def test_a_warm_up_computes_the_same_and_generates_less():
     assert Work(1, 512, 1).shorter() == Work(1, 512, 1)
 
 
-def test_the_speed_of_a_prompt_is_by_its_first_token():
-    result = throughput.BenchResult(4.0, [1], 250.0, 0.0, 0.0, 0.0, 0.0, {})
+def test_the_speed_of_decoding_is_without_the_prompt_and_a_prompts_is_to_its_first_token():
+    result = throughput.BenchResult(4.0, [1], 250.0, 50.0, 0.0, 0.0, 0.0, {})
     assert throughput.tokens_per_second(Work(1, 512, 1), result) == 2048
-    assert throughput.tokens_per_second(Work(1, 1, 12), result) == 4.0
+    assert throughput.tokens_per_second(Work(1, 1, 12), result) == 20
+    assert throughput.tokens_per_second(Work(8, 64, 12), result) == 160
 
 
 def test_ratios_are_taken_round_by_round():
