@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -34,6 +35,7 @@ from helpers.headers import TensorInfo
 
 if TYPE_CHECKING:
     from llmcompressor.modifiers.quantization import QuantizationModifier
+    from torch import Tensor
 
 LAYERS = {"cpu": 2, "cuda": 10}  # a bf16 copy of 1.5 GB, and of 7.3 GB
 MAX_MODEL_LEN = 1024
@@ -45,6 +47,7 @@ SERVER = {"cpu": 10**9, "cuda": 2 * 10**9}
 BESIDE = {"cpu": 600_000_000, "cuda": 0}
 MAKING = 10**9
 CARDS = "FP8 W8A16"  # the arm that has the arithmetic of the model card's A40
+SHARD = 200_000_000  # bytes: while vLLM loads a file, it is in memory twice
 # The presets of LLM Compressor, by the name that a format has in the ledger.
 PRESETS = {"fp8": "FP8_DYNAMIC", "int8": "INT8", "int4": "W4A16"}
 # What every config.json of the slice has from the whole model's.
@@ -215,36 +218,43 @@ def made(found: Slice, recipes: Mapping[str, "QuantizationModifier"]
 def random_checkpoint(config: dict, place: Path) -> Checkpoint:
     """A bf16 checkpoint of this config in the new folder `place`, with the bundled tokenizer.
 
-    Weights: signs and magnitudes from 1/128 to 1/8 at random, made from random bits, since a
-    billion normal numbers take ten seconds; norms are 1. Rows of the head beyond the tokenizer's
-    tokens are 0, so that greedy decoding never takes a token that has no text.
+    Rows of the head beyond the tokenizer's tokens are 0, so that greedy decoding never takes a
+    token that has no text.
     """
-    import numpy as np
-    import torch
-    from safetensors.torch import save_file
+    from huggingface_hub import save_torch_state_dict
 
-    tokens = roofline.load_config(workspace.data("tiny_phi4"))["vocab_size"]
-    bits = np.random.Generator(np.random.SFC64(0))
-    weights = {}
-    for tensor in roofline.tensors(config):
-        if len(tensor.shape) == 1:
-            weights[tensor.name] = torch.ones(tensor.shape, dtype=torch.bfloat16)
-            continue
-        drawn = bits.integers(2**64, size=-(-prod(tensor.shape) // 4), dtype=np.uint64)
-        # bf16: a sign, 8 bits of exponent, 7 of mantissa; the exponent is 120 to 123, less 127
-        drawn = drawn.view(np.int16)[:prod(tensor.shape)]
-        np.bitwise_and(drawn, np.uint16(0x81FF).view(np.int16), out=drawn)
-        np.bitwise_or(drawn, np.int16(120 << 7), out=drawn)
-        weights[tensor.name] = torch.from_numpy(drawn).view(torch.bfloat16).view(tensor.shape)
-    weights["lm_head.weight"][tokens:] = 0
+    tensors = roofline.tensors(config)
+    with ThreadPoolExecutor() as pool:
+        weights = dict(zip((tensor.name for tensor in tensors),
+                           pool.map(_random, tensors, range(len(tensors))), strict=True))
+    weights["lm_head.weight"][roofline.load_config(workspace.data("tiny_phi4"))["vocab_size"]:] = 0
     place.mkdir(parents=True)
-    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    save_torch_state_dict(weights, place, max_shard_size=SHARD)
     (place / "config.json").write_text(json.dumps(
         {**config, "architectures": ["Phi3ForCausalLM"], "dtype": "bfloat16"}, indent=1))
     for file in workspace.data("tiny_phi4").glob("tokenizer*"):
         shutil.copyfile(file, place / file.name)
     workspace.write_manifest(place)
     return checkpoint.just_written(place)
+
+
+def _random(tensor: TensorInfo, seed: int) -> "Tensor":
+    """A tensor's weights in bf16: signs and magnitudes from 1/128 to 1/8 at random; norms are 1.
+
+    From random bits, since a billion normal numbers take ten seconds.
+    """
+    import numpy as np
+    import torch
+
+    if len(tensor.shape) == 1:
+        return torch.ones(tensor.shape, dtype=torch.bfloat16)
+    count = prod(tensor.shape)
+    bits = np.random.Generator(np.random.SFC64(seed)).integers(
+        2**64, size=-(-count // 4), dtype=np.uint64)
+    # Four bf16 in each: a sign, 8 bits of exponent, 7 of mantissa; the exponent is 120 to 123
+    np.bitwise_and(bits, np.uint64(0x81FF81FF81FF81FF), out=bits)
+    np.bitwise_or(bits, np.uint64(0x3C003C003C003C00), out=bits)
+    return torch.from_numpy(bits.view(np.int16)[:count]).view(torch.bfloat16).view(tensor.shape)
 
 
 def quantized(base: Checkpoint, recipe: "QuantizationModifier", place: Path) -> Checkpoint:
@@ -261,7 +271,7 @@ def quantized(base: Checkpoint, recipe: "QuantizationModifier", place: Path) -> 
     with quantize.quiet():
         model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.bfloat16)
         oneshot(model=model, recipe=recipe)
-        model.save_pretrained(place, save_compressed=True)
+        model.save_pretrained(place, save_compressed=True, max_shard_size=SHARD)
     del model
     reset_session()  # which keeps the model
     gc.collect()

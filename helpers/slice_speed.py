@@ -71,11 +71,10 @@ def servers(part: Slice, copies: Mapping[str, Checkpoint], machine: Machine,
     return found
 
 
-def measure(part: Slice, copies: Mapping[str, Checkpoint], machine: Machine,
-            mode: ServingMode) -> "pd.DataFrame":
-    """`throughput.in_turn` of the slice's arms on `WORK`."""
-    return throughput.in_turn(servers(part, copies, machine, mode), WORK, part.together,
-                              SHOWN)
+def measure(bench: throughput.Measure, part: Slice, copies: Mapping[str, Checkpoint],
+            machine: Machine, mode: ServingMode) -> "pd.DataFrame":
+    """`throughput.in_turn` of the slice's arms on `WORK`; `bench`: a `benchmark(*SHOWN)`."""
+    return throughput.in_turn(bench, servers(part, copies, machine, mode), WORK, part.together)
 
 
 def table(ratios: "pd.DataFrame", expected: Mapping[str, float] | None = None) -> "pd.DataFrame":

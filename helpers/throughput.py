@@ -61,7 +61,7 @@ class Work:
 
     def shorter(self) -> "Work":
         """The same for a warm-up: everything is computed once, and few tokens are generated."""
-        return replace(self, generated_tokens=min(self.generated_tokens, 16))
+        return replace(self, generated_tokens=min(self.generated_tokens, 4))
 
     def flags(self) -> list[str]:
         """The flags of `vllm bench serve` for one round: every request once, greedy."""
@@ -122,30 +122,30 @@ def compare(arms: dict[str, Checkpoint], profile: Profile, mode: ServingMode,
     Where they do not, five rounds of two arms take six starts.
     """
     flags = [*serving.default_flags(profile, mode), *NO_REUSE]
-    return in_turn({arm: serving.VllmServer(model, flags) for arm, model in arms.items()}, work,
-                   together=servers.fit_together(arms.values(), mode))
+    with benchmark() as measure:
+        return in_turn(measure, {arm: serving.VllmServer(model, flags)
+                                 for arm, model in arms.items()}, work,
+                       together=servers.fit_together(arms.values(), mode))
 
 
-def in_turn(of_arm: dict[str, serving.VllmServer], work: Sequence[Work], together: bool,
-            extra: Sequence[str] = ()) -> "pd.DataFrame":
+def in_turn(measure: Measure, of_arm: dict[str, serving.VllmServer], work: Sequence[Work],
+            together: bool) -> "pd.DataFrame":
     """Measure every server on all work, in an order that alternates from round to round.
 
-    `of_arm`: the servers, not started; they are stopped at the end. `together`: whether all of them
-    run at once; then the arms take turns at each piece of work, so that what is compared lies
-    seconds apart, else only the one that is measured is up, and does all the work of a round.
-    `extra`: flags of `vllm bench serve`. A table with one row per round, arm and work: round, arm,
-    work (its title), streams, prompt_tokens, generated_tokens, kernel, tok_s
-    (`tokens_per_second`), output_tok_s, joules_per_token (of the GPU, the prompt's included; NaN
-    where none reports it) and `LATENCIES`. After a server's start each piece of work is run once,
-    with fewer tokens, and the result thrown away.
+    `measure`: a `benchmark`. `of_arm`: the servers, not started; they are stopped at the end.
+    `together`: whether all of them run at once; then the arms take turns at each piece of work, so
+    that what is compared lies seconds apart, else only the one that is measured is up, and does all
+    the work of a round. A table with one row per round, arm and work: round, arm, work (its
+    title), streams, prompt_tokens, generated_tokens, kernel, tok_s (`tokens_per_second`),
+    output_tok_s, joules_per_token (of the GPU, the prompt's included; NaN where none reports it)
+    and `LATENCIES`. After a server's start each piece of work is run once, with fewer tokens, and
+    the result thrown away.
     """
     import pandas as pd
     from tqdm.auto import tqdm
 
     rows, up = [], ()
-    with contextlib.ExitStack() as everything:
-        measure = everything.enter_context(benchmark(*extra))
-        everything.callback(lambda: serving.stop_together(of_arm.values()))
+    try:
         for number, arm, each in tqdm(turns(list(of_arm), work, together),
                                       desc="benchmark runs", leave=False):
             if arm not in up:
@@ -165,6 +165,8 @@ def in_turn(of_arm: dict[str, serving.VllmServer], work: Sequence[Work], togethe
                          "output_tok_s": result.output_tok_s,
                          "joules_per_token": joules / sum(result.output_tokens),
                          **{name: getattr(result, name) for name in LATENCIES}})
+    finally:
+        serving.stop_together(of_arm.values())
     return pd.DataFrame(rows)
 
 
