@@ -58,4 +58,4 @@ def _finding(found: DataFrame, works: list[str]) -> str:
         return f"Where is {arm} faster than bf16?"
     if len(faster) == len(works):
         return f"{arm} is faster than bf16 at all of it"
-    return f"{arm} is faster than bf16 with {' and '.join(faster)}, and with no other"
+    return f"{arm} is faster than bf16 with {' and '.join(faster)} only"
