@@ -7,6 +7,7 @@ server's key over a pipe, and runs the benchmark as often as it is asked to.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -185,18 +186,18 @@ def turns(arms: list[str], work: Sequence[Work], together: bool) -> list[tuple[i
 def ratios(rounds: "pd.DataFrame", base: str = "bf16") -> "pd.DataFrame":
     """The speed of each arm over that of `base`, taken round by round.
 
-    `rounds`: as `in_turn` returns them. A table with one row per arm and work, in the order of the
-    rounds: arm, work (its title), tok_s (the median), and ratio, low and high, the median of the
-    rounds' ratios with its interval (`stats.ratio_by_round`).
+    `rounds`: as `in_turn` returns them. A table with one row per arm and work, arm by arm: arm,
+    work (its title), tok_s (the median), and ratio, low and high, the median of the rounds' ratios
+    with its interval (`stats.ratio_by_round`).
     """
     import pandas as pd
 
-    rows = []
-    for (arm, work), of_arm in rounds.groupby(["arm", "work"], sort=False):
-        of_base = rounds[(rounds["arm"] == base) & (rounds["work"] == work)]
-        pair = of_arm.set_index("round")["tok_s"], of_base.set_index("round")["tok_s"]
-        found = stats.ratio_by_round(*(each.sort_index() for each in pair))
-        rows.append({"arm": arm, "work": work, "tok_s": float(of_arm["tok_s"].median()),
+    rows, every = [], {key: group.set_index("round")["tok_s"].sort_index()
+                       for key, group in rounds.groupby(["arm", "work"])}
+    for arm, work in itertools.product(rounds["arm"].unique(), rounds["work"].unique()):
+        speed = every[arm, work]
+        found = stats.ratio_by_round(speed, every[base, work])
+        rows.append({"arm": arm, "work": work, "tok_s": float(speed.median()),
                      "ratio": found.value, "low": found.low, "high": found.high})
     return pd.DataFrame(rows)
 

@@ -6,7 +6,7 @@ import bench_cpu
 import pandas as pd
 import pytest
 
-from helpers import cpu_bench, ledger, models, throughput
+from helpers import cpu_bench, ledger, models, slice_speed, throughput
 from helpers.cpu_bench import BF16, LLAMA_CPP, STOCK, TRANSFORMERS, Arm
 from helpers.throughput import Work
 
@@ -93,7 +93,7 @@ def test_transformers_speed_is_its_tokens_over_its_time(tiny_base, monkeypatch):
 
 
 def test_a_servers_speed_is_the_benchmarks(fp8_server, tmp_workspace):
-    with throughput.benchmark(*bench_cpu.SHOWN) as measure:
+    with throughput.benchmark(*slice_speed.SHOWN) as measure:
         seen = []
         run = bench_cpu.server_arm(
             fp8_server, lambda server, work: seen.append(measure(server, work)) or seen[-1])
