@@ -137,11 +137,12 @@ def in_turn(measure: Measure, of_arm: dict[str, serving.VllmServer], work: Seque
     `measure`: a `benchmark`. `of_arm`: the servers; they are started where they are not up, and
     stopped at the end. `together`: whether all of them run at once; then the arms take turns at
     each piece of work, so that what is compared lies seconds apart, else only the one that is
-    measured is up, and does all the work of a round. A table with one row per round, arm and work: round, arm, work (its
-    title), streams, prompt_tokens, generated_tokens, kernel, tok_s (`tokens_per_second`),
-    output_tok_s, joules_per_token (of the GPU, the prompt's included; NaN where none reports it)
-    and `LATENCIES`. After a server's start each piece of work is run once, with fewer tokens, and
-    the result thrown away.
+    measured is up, and does all the work of a round. After a server's start each piece of work is
+    run once, with fewer tokens, and the result thrown away.
+
+    A table with one row per round, arm and work: round, arm, work (its title), streams,
+    prompt_tokens, generated_tokens, kernel, tok_s (`tokens_per_second`), output_tok_s,
+    joules_per_token (of the GPU, the prompt's included; NaN where none reports it) and `LATENCIES`.
     """
     import pandas as pd
     from tqdm.auto import tqdm
