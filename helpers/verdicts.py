@@ -15,6 +15,11 @@ Each row is made from the newest fitting rows of one profile in the ledger, by a
   apart".
 - **speed** of one stream, FP8 over bf16 of the same round: "faster" where the 95 % interval of the
   ratio lies above 1, "slower" where it lies below, else "not told apart".
+- **the model card's ratio at Phi-4's shapes**: FP8 W8A16 over bf16 on a slice of Phi-4, one stream.
+  The card gives 32 and 17 tokens/s, whole numbers, so its ratio lies between 31.5 / 17.5 and
+  32.5 / 16.5. "consistent with 1.88x" where the measured 95 % interval meets that range, "not
+  consistent: lower" or "higher" where it does not; "not told apart" where it meets the range only
+  because the rounds spread so widely (`stats.spreads`) that it would meet nearly any.
 
 "not measured yet" stands where the ledger has no such row, with the notebook that makes it.
 """
@@ -49,8 +54,9 @@ def of_this_machine(profile: Profile, rows: list[dict] | None = None) -> "pd.Dat
     import pandas as pd
 
     rows = ledger.read() if rows is None else rows
-    rows = [row for row in rows if row["model"]["profile"] == profile.name]
-    found = [_bytes(rows, profile), _scales(rows), _kernel(rows), *_accuracy(rows), _speed(rows)]
+    of_profile = [row for row in rows if row["model"]["profile"] == profile.name]
+    found = [_bytes(of_profile, profile), _scales(of_profile), _kernel(of_profile),
+             *_accuracy(of_profile), _speed(of_profile), _slice(rows)]
     return pd.DataFrame(found, columns=["what", "expected", "measured", "verdict"])
 
 
@@ -140,3 +146,37 @@ def _speed(rows: list[dict]) -> tuple[str, ...]:
     value, low, high = (row["metrics"][name] for name in RATIO)
     verdict = "faster" if low > 1 else "slower" if high < 1 else APART
     return what, expected, f"{value:.2f}x ({low:.2f} to {high:.2f})", verdict
+
+
+def published_ratio() -> stats.Interval:
+    """The card's tokens/s on an A40, FP8 over bf16, and the range that its whole numbers leave."""
+    speed = {row["arm"]: row["value"] for row in ledger.published()
+             if row["experiment"] == "throughput"}
+    bf16, fp8 = speed["bf16"], speed["fp8"]
+    return stats.Interval(fp8 / bf16, (fp8 - 0.5) / (bf16 + 0.5), (fp8 + 0.5) / (bf16 - 0.5))
+
+
+def consistent(measured: stats.Interval) -> str:
+    """The verdict on a measured ratio of Phi-4's shapes, by the rule of this module's docstring."""
+    claimed = published_ratio()
+    if measured.high < claimed.low:
+        return "not consistent: lower"
+    if measured.low > claimed.high:
+        return "not consistent: higher"
+    return APART if stats.spreads(measured) else f"consistent with {claimed.value:.2f}x"
+
+
+def _slice(rows: list[dict]) -> tuple[str, ...]:
+    claimed = published_ratio()
+    what = "the shapes of Phi-4, other hardware: one stream, FP8 over bf16"
+    expected = f"{claimed.value:.2f}x ({claimed.low:.2f} to {claimed.high:.2f})"
+    row = _newest([row for row in rows if row["work"].get("numerics") == "w8a16"
+                   and row["work"].get("concurrency") == 1
+                   and row["work"].get("output_tokens", 1) > 1], "slice", metrics=RATIO)
+    if row is None:
+        return what, expected, "notebook 07 measures it", MISSING
+    ratio = stats.Interval(*(row["metrics"][name] for name in RATIO))
+    if not 0 < ratio.low <= ratio.value <= ratio.high:
+        return what, expected, "no ratio that can be", MISSING
+    return what, expected, f"{ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})", consistent(
+        ratio)

@@ -30,7 +30,8 @@ def verdict(tmp_path):
 def test_an_empty_ledger_names_the_notebooks_that_measure():
     table = verdicts.of_this_machine(TINY, [])
     assert set(table["verdict"]) == {"not measured yet"}
-    assert [text.split()[1] for text in table["measured"]] == ["02", "03", "05", "06", "07"]
+    assert [text.split()[1] for text in table["measured"]] == ["02", "03", "05", "06", "07",
+                                                                      "07"]
 
 
 @pytest.mark.parametrize("made, said", [(0, "as predicted"), (1, "differs")])
@@ -118,3 +119,32 @@ def test_another_profiles_rows_are_not_this_ones(add, verdict):
 def test_counts_that_cannot_be_get_no_verdict(add, verdict, lost, gained):
     add("gsm8k", work=GSM8K, metrics={"lost": lost, "gained": gained})
     assert verdict("right answers") == "not measured yet"
+
+
+def test_the_published_ratio_has_the_range_that_two_whole_numbers_leave():
+    ratio = verdicts.published_ratio()
+    assert ratio.value == pytest.approx(32 / 17)
+    assert (ratio.low, ratio.high) == pytest.approx((31.5 / 17.5, 32.5 / 16.5))
+
+
+# The card's ratio lies between 1.80 and 1.9697; an interval over a quarter of its ratio says little
+@pytest.mark.parametrize("ratio, low, high, said", [
+    (1.95, 1.90, 1.99, "consistent with 1.88x"),
+    (1.70, 1.60, 1.7999, "not consistent: lower"), (1.70, 1.60, 1.8001, "consistent with 1.88x"),
+    (2.05, 1.9698, 2.1, "not consistent: higher"), (2.05, 1.9696, 2.1, "consistent with 1.88x"),
+    (1.88, 1.66, 2.12, "consistent with 1.88x"), (1.88, 1.65, 2.13, "not told apart"),
+    (1.00, 0.50, 1.50, "not consistent: lower"), (0.9, 0.0, 0.95, "not measured yet"),
+    (1.9, 2.0, 1.8, "not measured yet")])
+def test_the_slices_ratio_against_the_cards(add, verdict, ratio, low, high, said):
+    work = {"concurrency": 1, "input_tokens": 1, "output_tokens": 12, "numerics": "w8a16"}
+    add("slice", work=work, profile=models.PHI4,  # of whichever model: the slice is its own
+        metrics={"ratio": ratio, "ratio_low": low, "ratio_high": high})
+    assert verdict("shapes of Phi-4") == said
+
+
+@pytest.mark.parametrize("other", [
+    {"numerics": "w8a8"}, {"concurrency": 8}, {"input_tokens": 512, "output_tokens": 1}])
+def test_only_one_stream_of_the_cards_arithmetic_is_set_beside_it(add, verdict, other):
+    work = {"concurrency": 1, "input_tokens": 1, "output_tokens": 12, "numerics": "w8a16"}
+    add("slice", work=work | other, metrics={"ratio": 1.9, "ratio_low": 1.9, "ratio_high": 1.9})
+    assert verdict("shapes of Phi-4") == "not measured yet"

@@ -8,6 +8,7 @@ has one. Where it has more, vLLM's way stays.
 `helpers.serve_side.cpu_kernels.platform` names the class to vLLM.
 """
 
+import gc
 import os
 
 from vllm.platforms.cpu import CpuPlatform
@@ -20,3 +21,5 @@ class ForkingCpuPlatform(CpuPlatform):
         in_one_process = vllm_config.parallel_config.distributed_executor_backend == "uni"
         if in_one_process and len(os.listdir("/proc/self/task")) == 1:
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+            # So that no collection writes to the pages which the two processes share: 0.2 GB.
+            gc.freeze()
