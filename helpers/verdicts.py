@@ -168,7 +168,7 @@ def consistent(measured: stats.Interval) -> str:
 
 def _slice(rows: list[dict]) -> tuple[str, ...]:
     claimed = published_ratio()
-    what = "one stream at Phi-4's shapes, other hardware than the card's: FP8 over bf16"
+    what = "the shapes of Phi-4, other hardware: one stream, FP8 over bf16"
     expected = f"{claimed.value:.2f}x ({claimed.low:.2f} to {claimed.high:.2f})"
     row = _newest([row for row in rows if row["work"].get("numerics") == "w8a16"
                    and row["work"].get("concurrency") == 1

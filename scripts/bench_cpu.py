@@ -199,17 +199,19 @@ def bench(subject: Subject, made: dict[str, Checkpoint], rounds: int,
 def measured(arms: dict[Arm, Callable[[Work], float]], work: dict[Arm, list[Work]]) -> pd.DataFrame:
     """Each arm on its work, in turn and in alternating order, after a round that is not counted.
 
-    One row per round, arm and work: round, arm, work, streams, prompt_tokens and tok_s.
+    The arms alternate at each kind of work, so that what is compared lies seconds apart. One row
+    per round, arm and work: round, arm, work, streams, prompt_tokens and tok_s.
     """
-    rows = []
     rounds = max(each.rounds for some in work.values() for each in some)
-    for number, arm in throughput.order(list(arms), rounds + 1):
-        for each in work[arm]:
-            tok_s = arms[arm](each)
-            if number > 1:  # the first round warms up
-                rows.append({"round": number - 1, "arm": arm, "work": each,
-                             "streams": each.streams, "prompt_tokens": each.prompt_tokens,
-                             "tok_s": tok_s})
+    turns = [(number, arm, each) for number, arm in throughput.order(list(arms), rounds + 1)
+             for each in work[arm]]
+    turns.sort(key=lambda turn: (turn[0], turn[2].prompt_tokens, turn[2].streams))
+    rows = []
+    for number, arm, each in turns:
+        tok_s = arms[arm](each)
+        if number > 1:  # the first round warms up
+            rows.append({"round": number - 1, "arm": arm, "work": each, "streams": each.streams,
+                         "prompt_tokens": each.prompt_tokens, "tok_s": tok_s})
     return pd.DataFrame(rows)
 
 
@@ -260,7 +262,7 @@ def main() -> None:
     subjects = [
         Subject("tiny-phi4", lambda _: models.tiny().checkpoint, 96, stock=True),
         Subject("SmolLM2-135M", lambda _: hub.obtain(models.SMOLLM2), 48, llama_cpp=True),
-        Subject(cpu_bench.PHI4, slice_of_phi4, 12, tuple(phi4_slice.PRESETS))]
+        Subject(cpu_bench.PHI4, slice_of_phi4, 20, tuple(phi4_slice.PRESETS))]
     every = []
     for number, subject in enumerate(subjects):
         if asked.only and asked.only not in subject.name:

@@ -139,7 +139,7 @@ def test_the_slices_ratio_against_the_cards(add, verdict, ratio, low, high, said
     work = {"concurrency": 1, "input_tokens": 1, "output_tokens": 12, "numerics": "w8a16"}
     add("slice", work=work, profile=models.PHI4,  # of whichever model: the slice is its own
         metrics={"ratio": ratio, "ratio_low": low, "ratio_high": high})
-    assert verdict("at Phi-4's shapes") == said
+    assert verdict("shapes of Phi-4") == said
 
 
 @pytest.mark.parametrize("other", [
@@ -147,4 +147,4 @@ def test_the_slices_ratio_against_the_cards(add, verdict, ratio, low, high, said
 def test_only_one_stream_of_the_cards_arithmetic_is_set_beside_it(add, verdict, other):
     work = {"concurrency": 1, "input_tokens": 1, "output_tokens": 12, "numerics": "w8a16"}
     add("slice", work=work | other, metrics={"ratio": 1.9, "ratio_low": 1.9, "ratio_high": 1.9})
-    assert verdict("at Phi-4's shapes") == "not measured yet"
+    assert verdict("shapes of Phi-4") == "not measured yet"
