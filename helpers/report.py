@@ -21,6 +21,8 @@ from helpers import (
     ledger,
     ledger_row,
     models,
+    predictions,
+    slice_speed,
     stats,
     verdicts,
     workspace,
@@ -69,6 +71,39 @@ def measured_beside_published(rows: list[dict] | None = None,
 def compared(table: "pd.DataFrame") -> "pd.DataFrame":
     """The rows of `measured_beside_published` that have a verdict, the same work on both sides."""
     return table[table["verdict"] != NOT_HERE].reset_index(drop=True)
+
+
+def predicted_beside_measured(profile: str, rows: list[dict] | None = None) -> "pd.DataFrame":
+    """What the reader expected in notebooks 06 and 07, and what was then measured.
+
+    `rows`: ledger rows, the workspace's ledger by default; newest first counts. A DataFrame of
+    strings with columns question, predicted, measured; what is lacking names its notebook.
+    """
+    import pandas as pd
+
+    rows = (ledger.read() if rows is None else rows)[::-1]
+    flips = [row for row in rows if (row["experiment"], row["arm"]) == ("gsm8k", "fp8")
+             and row["model"]["profile"] == profile
+             and ledger_row.holds(row, (), ("lost", "gained")) and row["work"].get("limit") == 100]
+    expected = predictions.number("flips")
+    found = [("of 100 questions, those that one arm alone has right",
+              f"{expected:g}" if expected is not None else "not predicted: notebook 06",
+              f"{sum(flips[0]['metrics'][name] for name in ('lost', 'gained'))}" if flips
+              else "not measured yet: notebook 06")]
+    ratios = slice_speed.predicted()
+    for work in slice_speed.WORK:
+        asked = {name: value for name, value in work.in_ledger().items() if name != "rounds"}
+        speeds = [row["metrics"] for row in rows
+                  if (row["experiment"], row["arm"]) == ("slice", "fp8")
+                  and row["work"].get("numerics") == "w8a16"
+                  and ledger_row.holds(row, (), verdicts.RATIO)
+                  and asked.items() <= row["work"].items()]
+        found.append((
+            f"FP8 in W8A16 over bf16 at Phi-4's shapes: {work.title}",
+            f"{ratios[work.title]:g}x" if work.title in ratios else "not predicted: notebook 07",
+            "{:.2f}x ({:.2f} to {:.2f})".format(*(speeds[0][name] for name in verdicts.RATIO))
+            if speeds else "not measured yet: notebook 07"))
+    return pd.DataFrame(found, columns=["question", "predicted", "measured"])
 
 
 def left_over(table: "pd.DataFrame") -> str:

@@ -19,7 +19,7 @@ NAMES = list(check.TASKS)
 def said(name: str, answer) -> str:
     with redirect_stdout(io.StringIO()) as out:
         getattr(check, name)(answer)
-    return out.getvalue()
+    return " ".join(out.getvalue().split())
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,6 @@ def test_every_usual_mistake_gets_the_sentence_that_undoes_it(name):
     for mistake in key.mistakes:
         text = said(name, mistake.answer)
         assert text.startswith("Not yet. ") and mistake.says in text
-        assert f'check.hint("{name}")' in text
     for way in key.accepted:
         text = said(name, way.answer)
         assert text.startswith("Right. ") and way.says in text
@@ -197,8 +196,7 @@ STRANGE = [None, "no", "", b"x", -1, 0, float("nan"), float("inf"), True, 1j, []
 @pytest.mark.parametrize("name", NAMES)
 def test_a_strange_answer_is_not_yet_right_and_stops_nothing(name):
     for answer in STRANGE:
-        last = said(name, answer).splitlines()[-1]
-        assert last.startswith("Not yet. "), last
+        assert "Not yet. " in said(name, answer), answer
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -273,10 +271,9 @@ def hinted(name) -> str:
 def test_hints_come_one_at_a_time_and_are_counted():
     every = check.TASKS["encoded"].hints
     for number, text in enumerate(every, start=1):
-        assert hinted("encoded") == f"Hint {number} of 3: {text}\n"
+        assert " ".join(hinted("encoded").split()) == f"Hint {number} of 3: {text}"
         assert record.read()["encoded"] == {"done": False, "tries": 0, "hints": number}
-    assert [line[:11] for line in hinted("encoded").splitlines()] == [
-        "Hint 1 of 3", "Hint 2 of 3", "Hint 3 of 3"]
+    assert re.findall(r"^Hint (\d) of 3: ", hinted("encoded"), re.M) == ["1", "2", "3"]
     assert record.read()["encoded"]["hints"] == 3
 
 
@@ -304,6 +301,12 @@ def test_progress_shows_by_notebook_what_is_done_and_with_how_many_hints():
         "still open": "verdict, card_faults, red_hats_advice"}
     assert table.loc["00", "done"] == "0 of 3"
     assert course.Course(None, None, None).progress().equals(table)
+
+
+def test_no_line_is_so_long_that_jupyterlab_breaks_it_within_a_word(capsys):
+    check.mcnemar(lambda first, second: 0.2931)
+    check.hint("scheme_chosen")
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
 
 
 def test_what_is_kept_is_three_counts_and_no_answer():

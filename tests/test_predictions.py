@@ -1,5 +1,7 @@
 """What the reader expected is kept, and a damaged file costs nothing but what it held."""
 
+import pytest
+
 from helpers import predictions
 
 
@@ -17,3 +19,20 @@ def test_a_damaged_file_is_none(tmp_workspace):
     assert predictions.kept() == {}
     predictions.keep("lost", 4)
     assert predictions.kept() == {"lost": 4}
+
+
+@pytest.mark.parametrize("answer, said", [
+    (..., "Not predicted yet"), (3, "Kept: 3."), ("4", "Kept: 4."), (0, "Kept: 0."),
+    (101, "Not kept"), (-1, "Not kept"), (float("nan"), "Not kept"), ([3], "Not kept"),
+    (None, "Not kept"), (object(), "Not kept")])
+def test_a_number_is_kept_or_it_is_said_why_not(tmp_workspace, capsys, answer, said):
+    predictions.keep_number("flips", answer, 100)
+    assert capsys.readouterr().out.startswith(said)
+    assert predictions.number("flips") == (
+        float(answer) if said.startswith("Kept") else None)
+
+
+def test_a_workspace_that_cannot_be_written_stops_no_notebook(monkeypatch, capsys):
+    monkeypatch.setenv("PHI4_FP8_WORKSPACE", "/proc/nowhere")
+    predictions.keep_number("flips", 3, 100)
+    assert capsys.readouterr().out.startswith("Not kept: ")

@@ -3,7 +3,7 @@
 import pytest
 from conftest import REPO
 
-from helpers import ledger, models, report
+from helpers import ledger, models, predictions, report, slice_speed
 
 GSM8K = {"task": "gsm8k", "limit": 100, "num_fewshot": 5}
 
@@ -105,3 +105,24 @@ def test_the_readme_holds_the_table_of_the_committed_measurements():
     assert report.readme_results() in (REPO / "README.md").read_text()
     assert report.readme_bench() in (REPO / "README.md").read_text()
     assert list((REPO / "data" / "measured").glob("*.jsonl"))
+
+
+def test_predictions_stand_beside_what_was_measured(tmp_path, tmp_workspace):
+    def said(rows):
+        table = report.predicted_beside_measured("phi-4", rows).set_index("question")
+        return [tuple(line) for line in table.itertuples(index=False)]
+
+    assert said([]) == [("not predicted: notebook 06", "not measured yet: notebook 06")] + 3 * [
+        ("not predicted: notebook 07", "not measured yet: notebook 07")]
+    predictions.keep_number("flips", 4, 100)
+    slice_speed.predict([1.5, 1, 0.75])
+    one, _, prompt = slice_speed.WORK
+    speeds = {"ratio": 1.9, "ratio_low": 1.8, "ratio_high": 2.0}
+    rows = [row(tmp_path, lost=9, gained=9), row(tmp_path, lost=2, gained=1),
+            row(tmp_path, work=GSM8K | {"limit": 1319}, lost=30, gained=20),
+            row(tmp_path, model=models.tiny(), lost=7, gained=7),
+            row(tmp_path, "slice", work=one.in_ledger() | {"numerics": "w8a16"}, **speeds),
+            row(tmp_path, "slice", work=prompt.in_ledger() | {"numerics": "w8a8"}, **speeds)]
+    assert said(rows) == [("4", "3"), ("1.5x", "1.90x (1.80 to 2.00)"),
+                          ("1x", "not measured yet: notebook 07"),
+                          ("0.75x", "not measured yet: notebook 07")]

@@ -22,7 +22,7 @@ from helpers.check import (
     tasks_08,
     tasks_09,
 )
-from helpers.check.task import NOT_TRIED, Task
+from helpers.check.task import NOT_TRIED, Task, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +59,7 @@ def hint(name: str) -> None:
     number = record.hinted(task.name, len(task.hints))
     for at, text in enumerate(task.hints, start=1):
         if at == number or number > len(task.hints):
-            print(f"Hint {at} of {len(task.hints)}: {text}")
+            say(f"Hint {at} of {len(task.hints)}: {text}")
 
 
 def material(name: str):

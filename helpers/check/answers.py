@@ -140,4 +140,5 @@ def _a(value) -> str:
     """What kind of thing a value is, in words that no value can spoil."""
     if value is None:
         return "None"
-    return "a function" if callable(value) else f"a {type(value).__name__}"
+    name = "function" if callable(value) else type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

@@ -7,6 +7,7 @@ as it is commonly given. So a mistake is found by what it does, however it was w
 import contextlib
 import dis
 import signal
+import textwrap
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from helpers.check import record
 NOT_TRIED = "Not tried yet: put your answer in place of the three dots."
 LEVELS = ("easy", "medium", "hard")
 KINDS = ("code", "value")
+WIDTH = 100  # characters of a line
 SECONDS = 30.0  # that an answer may compute
 
 
@@ -79,12 +81,16 @@ class Task:
         try:
             key = self.key()
         except WorkbookError as error:
-            print(f"This could not be checked, for the right answer is not to be had: {error}")
+            say(f"This could not be checked, for the right answer is not to be had. {error.what}")
             return
         found = verdict(self, answer, key)
-        line = f"{'Right' if found.right else 'Not yet'}. {found.says}".strip()
-        print(line if found.right else f'{line} (A hint: check.hint("{self.name}"))')
+        say(f"{'Right' if found.right else 'Not yet'}. {found.says}".strip())
         record.tried(self.name, found.right)
+
+
+def say(text: str) -> None:
+    """Print a paragraph in lines that JupyterLab need not break, which it does within words."""
+    print(textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False))
 
 
 def verdict(task: Task, answer, key: Key) -> Verdict:

@@ -143,14 +143,6 @@ def _near_each(given, other) -> bool:
 
 
 TASKS = (
-    Task("bits_in_groups_of_256", "08", "easy", 2, "value", "what scales add",
-         ("A weight's own bits, and its share of the group's scale.",
-          "256 weights share one bf16 scale, of 16 bits.",
-          "4 + 16 / 256."),
-         _bits_key, compared(number, near(0.001), "4 bits of its own, and its share of a 16-bit "
-                                                  "scale.",
-                             right_says="1.5 % less than in groups of 128: larger groups save next "
-                                        "to nothing.")),
     Task("int4_rounded", "08", "medium", 6, "code", "scales by group",
          ("Cut each row into groups: w.unflatten(1, (-1, 128)) is [rows, groups, 128].",
           "amax over the last dimension with keepdim=True, over 7.5, is the scale.",
@@ -159,6 +151,14 @@ TASKS = (
                              all_same(_near_each), "Groups of 128, amax / 7.5, round, clamp to −8 "
                                                    "and 7, multiply back.",
                              right_says="As compressed-tensors' W4A16.")),
+    Task("bits_in_groups_of_256", "08", "easy", 2, "value", "what scales add",
+         ("A weight's own bits, and its share of the group's scale.",
+          "256 weights share one bf16 scale, of 16 bits.",
+          "4 + 16 / 256."),
+         _bits_key, compared(number, near(0.001), "4 bits of its own, and its share of a 16-bit "
+                                                  "scale.",
+                             right_says="1.5 % less than in groups of 128: larger groups save next "
+                                        "to nothing.")),
     Task("scheme_chosen", "08", "hard", 10, "code", "choosing a scheme",
          ("Three questions for each GPU and scheme: is there a kernel, does it fit, is it fast "
           "enough?",

@@ -178,6 +178,27 @@ def test_the_slider_moves_the_scale(page, key, says):
     cell.screenshot(path=SCREENSHOTS / f"{page.name}-slider-{key}.png")
 
 
+@START_HERE
+def test_a_task_is_answered_wrong_hinted_and_answered_right(page):
+    """Typed into its cell, as a learner does; the notebook's other cells are left alone."""
+    cell = page.locator(".jp-CodeCell").filter(has_text="check.scale_per_channel(answer)").first
+    empty = "\n".join(cell.locator(".cm-line").all_text_contents())
+    call = 'check.hint("scale_per_channel")'
+    wrong = empty.replace("...", "return weights.abs().max() / 448")
+    right = empty.replace("...", "return weights.abs().amax(dim=1) / 448")
+    for name, code, says in (
+            ("wrong", wrong, "This is one scale for the whole tensor."),
+            ("hinted", wrong.replace(f"# {call}", call), "Hint 1 of 3: "),
+            ("right", right, "Right. ")):
+        cell.locator(".cm-content").click()
+        page.keyboard.press("ControlOrMeta+a")
+        page.keyboard.insert_text(code)
+        page.keyboard.press("Shift+Enter")
+        expect(cell.locator(".jp-OutputArea")).to_contain_text(says, timeout=60_000)
+        page.wait_for_timeout(1000)  # cells that come into sight are laid out, and move this one
+        cell.screenshot(path=SCREENSHOTS / f"{page.name}-task-{name}.png")
+
+
 @LOAD
 def test_the_menu_of_gpus_changes_sentence_and_table(page):
     cell = page.locator(".jp-CodeCell").filter(has_text="widgets.gpu_menu()")
