@@ -1,6 +1,6 @@
 """Measure what number formats cost the bundled model and SmolLM2-135M, and keep it.
 
-The first half of `make measure-formats`, 25 minutes on two cores; SmolLM2 is fetched. Everything is
+The first half of `make measure-formats`, 35 minutes on two cores; SmolLM2 is fetched. Everything is
 computed in float32 on the CPU. Another CPU sums in another order, which moves a figure by far less
 than its interval is wide. Each arm is kept in the workspace as soon as it is measured, so that a
 run that was stopped goes on where it was; the unrounded logits lie there too (2 GB for SmolLM2).
