@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -100,11 +101,12 @@ def make(base: Checkpoint, recipe: Modifier, place: Path,
     from loguru import logger
     from transformers import AutoModelForCausalLM
 
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # a rename, to come
     with contextlib.suppress(TypeError, ValueError):  # it is there already
         logger.level("METRIC", no=38)  # LLM Compressor leaves it out where its log is turned off
     text = {} if text is None else {"dataset": text, "num_calibration_samples": len(text),
                                     "shuffle_calibration_samples": False}
-    with quantize.quiet():
+    with quantize.quiet(), _no_bars():
         model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.bfloat16)
         with ablation.threads(model):
             oneshot(model=model, recipe=recipe, **text)
@@ -123,10 +125,24 @@ def load(made: Checkpoint) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    with quantize.quiet():
+    with quantize.quiet(), _no_bars():
         return AutoModelForCausalLM.from_pretrained(
             made.path, dtype=torch.float32, quantization_config=CompressedTensorsConfig(
                 dequantize=True)).float().eval()  # 4-bit floats come in bf16 all the same
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep Transformers' bars, two for each checkpoint, off the page."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
