@@ -109,6 +109,17 @@ def test_a_gpu_has_its_own_arithmetic_and_no_cpus_figures(monkeypatch):
     assert found[list(WORKS)].to_dict("index") == {"FP8_DYNAMIC": dict.fromkeys(WORKS, 1.8)}
 
 
+def test_a_gpu_that_nothing_was_timed_on_is_taken_at_its_ceilings(monkeypatch):
+    machine = replace(CPU, gpus=(hardware.Gpu(0, "a new one", 48 * 10**9, (8, 6), ""),))
+    mode = hardware.serving_mode(machine)
+    read_from(monkeypatch, [], [])
+    speed = scheme_choice.measured(machine, mode)
+    assert speed.empty
+    found = scheme_choice.by_machine(
+        SIZES, dict.fromkeys(("bf16", *schemes.RECIPES), 1.0), machine, mode, speed)
+    assert found.loc["this machine"].tolist() == found.loc["A40, 48 GB"].tolist()
+
+
 def test_other_machines_get_other_answers_from_the_kept_figures():
     loss = scheme_choice.multiples(formats.measured("smollm2", "schemes"))
     mode = hardware.serving_mode(CPU)
