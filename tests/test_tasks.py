@@ -59,6 +59,11 @@ def tagged(cell, tag: str) -> bool:
     return cell.metadata.get("tags", []) == [tag]
 
 
+def test_the_notebooks_hold_every_task_once_and_in_its_place():
+    assert [parameter.id for parameter in tasks()] == [
+        f"{one.notebook}-{one.name}" for one in check.TASKS.values()]
+
+
 @pytest.mark.parametrize("name, cells, at", tasks())
 def test_a_task_is_asked_answered_and_solved_in_three_cells(name, cells, at):
     asked, answer, solved = cells[at - 1:at + 2]

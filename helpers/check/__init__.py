@@ -34,14 +34,9 @@ _MODULES = (tasks_00, tasks_01, tasks_02, tasks_03, tasks_04, tasks_05, tasks_06
 TASKS = {task.name: task for module in _MODULES for task in module.TASKS}  # in the course's order
 
 
-_OLD = ("kv_cache_bytes", "rounded_per_token", "stderr_of_93")  # until their notebooks have tasks
-
-
 def __getattr__(name: str) -> Task:
     if name in TASKS:
         return TASKS[name]
-    if name in _OLD:
-        return lambda answer: print(NOT_TRIED)
     raise AttributeError(f"There is no task {name!r}.{_nearest(name)}")
 
 
