@@ -74,7 +74,7 @@ test-gpu: setup  ## what only a GPU can show; each says why where it cannot run
 bench-cpu: setup  ## FP8 on this CPU beside bf16 and others, on three models (16 minutes)
 	@PYTHONPATH=. .venv/bin/python scripts/bench_cpu.py
 
-measure-formats: setup  ## what each number format costs two models, and short sums (half an hour)
+measure-formats: setup  ## what formats and schemes cost two models, and short sums (an hour)
 	@PYTHONPATH=. .venv/bin/python scripts/measure_formats.py
 	@PYTHONPATH=. .venv/bin/python scripts/measure_accumulation.py
 

@@ -122,7 +122,7 @@ def measure(model: PreTrainedModel, texts: list[Tensor],
 def one_arm(model: PreTrainedModel, texts: list[Tensor], reference: Iterable[Tensor],
             arm: Callable) -> list[tuple]:
     """`_beside` of every text, with the arm's logits against the reference's."""
-    with arm():
+    with arm(), ablation.threads(model):
         return [_beside(true, seen(model, ids)) for true, ids in zip(reference, texts, strict=True)]
 
 

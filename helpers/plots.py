@@ -237,34 +237,6 @@ def throughput_rounds(speed: DataFrame) -> None:
                  f"{stats.in_words(ratio)}.")
 
 
-def kl_against_bytes(table: DataFrame) -> None:
-    """What a scheme costs against what it reads; `table`: `schemes.beside`.
-
-    The schemes whose KL is not known share a band over their bytes.
-    """
-    figure, axis = canvas(width=9)
-    known, unknown = table[table["KL"].notna()], table[table["KL"].isna()]
-    read = unknown["GB read per token"]
-    axis.axvspan(read.min(), read.max(), color=GREY, alpha=0.25, lw=0)
-    axis.annotate("not measured here:\n" + "\n".join(read.sort_values().index),
-                  (read.min(), 0.95), xycoords=("data", "axes fraction"), xytext=(-6, 0),
-                  textcoords="offset points", ha="right", va="top", color=GREY)
-    for name, line in known.iterrows():
-        colour = BF16 if name == "bf16" else FP8 if "FP8" in name else THIRD
-        place = line["GB read per token"], line["KL"]
-        axis.plot(*place, "o", color=colour)
-        axis.annotate(f"{name}", place, xytext=(8, 4), textcoords="offset points")
-    axis.set_xlim(0, 1.1 * table["GB read per token"].max())
-    axis.set_ylim(-0.05 * known["KL"].max(), 1.15 * known["KL"].max())
-    axis.set_xlabel("GB read per token of Phi-4")
-    axis.set_ylabel("KL from the unquantized model,\nnats per token (SmolLM2-135M)")
-    axis.set_title("What does a scheme cost, and what does it read?", loc="left")
-    show(figure, "KL over GB read per token: " + "; ".join(
-        f"{name} {line['GB read per token']:.1f} GB, "
-        + (f"{line['KL']:.5f} nats" if name in known.index else "KL not measured")
-        for name, line in table.iterrows()) + ".")
-
-
 def _names(arms) -> str:
     return " and ".join(TITLES[arm] for arm in arms)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from math import ceil, prod
 from typing import TYPE_CHECKING
 
-from helpers import checkpoint, formats, roofline
+from helpers import checkpoint, roofline, stats
 from helpers.formats import Losses
 from helpers.headers import ITEM_BYTES, TensorInfo
 
@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-# Titles to LLM Compressor's presets, and to the arm of `formats.FORMATS` that is the same numbers.
+# Titles to LLM Compressor's presets.
 PRESETS = {"FP8_DYNAMIC": "FP8_DYNAMIC", "FP8 128x128 blocks": "FP8_BLOCK", "INT8 W8A8": "INT8",
            "W4A16": "W4A16", "NVFP4": "NVFP4", "MXFP4": "MXFP4"}
-FORMATS = {"FP8_DYNAMIC": "E4M3 per channel", "FP8 128x128 blocks": "E4M3 128x128 blocks",
-           "INT8 W8A8": "INT8 per channel"}
+# The same, and W4A16's codes chosen by GPTQ: other numbers in the same bytes, for the same kernels.
+GPTQ = "W4A16, GPTQ"
+RECIPES = {**dict(list(PRESETS.items())[:4]), GPTQ: "W4A16", **dict(list(PRESETS.items())[4:])}
+CALIBRATED = (GPTQ, "NVFP4")  # these need text: GPTQ for its codes, NVFP4 for its inputs' scale
 
 # What vLLM 0.32.0 computes with each, by compute capability and on an x86 CPU. Read in its
 # compressed_tensors.py (`_get_scheme_from_parts`), its schemes' `get_min_capability`, the order of
@@ -50,6 +52,21 @@ def preset(name: str) -> "QuantizationScheme":
     from compressed_tensors.quantization import preset_name_to_scheme
 
     return preset_name_to_scheme(name, ["Linear"])
+
+
+def stated() -> "DataFrame":
+    """What each preset of `PRESETS` says: bits and type, what shares a scale, activations."""
+    import pandas as pd
+
+    def line(scheme: "QuantizationScheme") -> dict:
+        weights, inputs = scheme.weights, scheme.input_activations
+        return {"bits": weights.num_bits, "type": weights.type, "one scale for": weights.strategy,
+                "group": weights.group_size or weights.block_structure or "",
+                "activations": "16 bits" if inputs is None else
+                f"{inputs.num_bits} bits, {inputs.strategy}"}
+
+    return pd.DataFrame({title: line(preset(name)) for title, name in PRESETS.items()}
+                        ).T.rename_axis("scheme")
 
 
 def predict(base: Sequence[TensorInfo], name: str) -> list[TensorInfo]:
@@ -130,7 +147,27 @@ def arithmetic() -> "DataFrame":
 
 
 def beside(bytes_of: "DataFrame", losses: Losses) -> "DataFrame":
-    """`table` with the "KL" of each scheme that was measured, nats per token; NaN elsewhere."""
-    kl = formats.table(losses)["KL"]
-    measured = {title: kl[arm] for title, arm in FORMATS.items()} | {"bf16": 0.0}
-    return bytes_of.assign(KL=[measured.get(title, float("nan")) for title in bytes_of.index])
+    """`table` for bf16 and each of `RECIPES`, with its "KL" in nats per token, and "low", "high".
+
+    The interval is over texts, 95 % (`stats.paired_over_texts`); bf16's KL is 0.
+    """
+    found = [stats.Interval(0.0, 0.0, 0.0)] + [stats.paired_over_texts(
+        losses.kl[recipe], [0.0] * len(losses.tokens), losses.tokens) for recipe in RECIPES]
+    by_recipe = bytes_of.loc[["bf16", *(titled(recipe) for recipe in RECIPES)]]
+    return by_recipe.set_axis(["bf16", *RECIPES]).rename_axis("scheme").assign(
+        KL=[each.value for each in found], low=[each.low for each in found],
+        high=[each.high for each in found])
+
+
+def titled(recipe: str) -> str:
+    """The scheme of `PRESETS` that a recipe of `RECIPES` makes: its bytes and its kernels."""
+    return "W4A16" if recipe == GPTQ else recipe
+
+
+def same(predicted: Sequence[TensorInfo], written: Sequence[TensorInfo]) -> bool:
+    """Whether both hold the same tensors: names, types, shapes and bytes."""
+    return _listed(predicted) == _listed(written)
+
+
+def _listed(tensors: Sequence[TensorInfo]) -> list[tuple]:
+    return sorted((tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in tensors)

@@ -1,40 +1,20 @@
-"""Schemes: their bytes against LLM Compressor's own checkpoints, their arithmetic against vLLM."""
+"""Schemes: their bits and bytes, their pictures, and their arithmetic against vLLM's choice."""
 
 import json
 import subprocess
 
+import pandas as pd
 import pytest
 from conftest import REPO
 
-from helpers import checkpoint, formats, headers, plots, roofline, schemes, serving
+from helpers import checkpoint, formats, roofline, scheme_plots, schemes, serving
 
-TINY = REPO / "data" / "tiny_phi4"
 PHI4 = roofline.load_config(REPO / "data" / "phi4")
-
-
-def stored(tensors):
-    return {(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in tensors}
-
-
-# NVFP4 itself wants calibration data for its activations; its weights are NVFP4A16's.
-@pytest.mark.parametrize("preset", ["FP8_DYNAMIC", "FP8_BLOCK", "INT8", "W4A16", "NVFP4A16",
-                                    "MXFP4"])
-def test_the_tensors_are_those_that_llm_compressor_writes(tmp_path, preset):
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import QuantizationModifier
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype="bfloat16")
-    oneshot(model=model, recipe=QuantizationModifier(targets="Linear", scheme=preset,
-                                                     ignore=["lm_head"]))
-    model.save_pretrained(tmp_path, save_compressed=True)
-    made = headers.read(tmp_path / "model.safetensors")
-    assert stored(schemes.predict(headers.read(TINY / "model.safetensors"), preset)) == stored(made)
 
 
 def test_fp8_dynamic_is_what_the_checkpoint_module_predicts():
     base = roofline.tensors(PHI4)
-    assert stored(schemes.predict(base, "FP8_DYNAMIC")) == stored(checkpoint.predict_fp8(base))
+    assert schemes.same(schemes.predict(base, "FP8_DYNAMIC"), checkpoint.predict_fp8(base))
 
 
 @pytest.mark.parametrize("title, bits", [
@@ -51,19 +31,34 @@ def test_the_ceiling_of_fp8_is_that_of_the_first_notebook():
     assert list(table.index) == ["bf16", *schemes.PRESETS] == ["bf16", *schemes.arithmetic().index]
 
 
-def test_a_scheme_whose_kl_is_not_known_has_none(capsys):
-    losses = formats.Losses([10, 20, 30], {form.name: [0.1 + 0.01 * n, 0.2, 0.3 + 0.02 * n]
-                                           for n, form in enumerate(formats.FORMATS)},
-                            *({form.name: 0.0 for form in formats.FORMATS} for _ in range(2)))
-    found = schemes.beside(schemes.table(PHI4), losses)
-    assert found["KL"].isna().to_dict() == {title: title not in ("bf16", *schemes.FORMATS)
-                                            for title in found.index}
-    assert found.loc["INT8 W8A8", "KL"] == pytest.approx(
-        (10 * (0.1 + 0.01 * 4) + 20 * 0.2 + 30 * (0.3 + 0.02 * 4)) / 60)
-    assert found.loc["bf16", "KL"] == 0
-    plots.kl_against_bytes(found)
-    text = capsys.readouterr().out
-    assert "W4A16 8.1 GB, KL not measured" in text and "bf16 28.3 GB, 0.00000 nats" in text
+def made_up() -> formats.Losses:
+    return formats.Losses([10, 20, 30], {title: [0.01 * (n + 1), 0.02 * (n + 1), 0.03 * (n + 1)]
+                                         for n, title in enumerate(schemes.RECIPES)}, {}, {})
+
+
+def test_gptq_has_its_own_kl_and_the_bytes_of_its_scheme():
+    found = schemes.beside(schemes.table(PHI4), made_up())
+    assert list(found.index) == ["bf16", *schemes.RECIPES]
+    assert found.loc["bf16", ["KL", "low", "high"]].tolist() == [0, 0, 0]
+    assert found.loc["FP8_DYNAMIC", "KL"] == pytest.approx((0.1 + 0.4 + 0.9) / 60)
+    read = found["GB read per token"]
+    assert read[schemes.GPTQ] == read["W4A16"]
+    assert found.loc[schemes.GPTQ, "KL"] == pytest.approx(5 / 4 * found.loc["W4A16", "KL"])
+    assert (found["low"] <= found["KL"]).all() and (found["KL"] <= found["high"]).all()
+
+
+def test_the_pictures_say_what_they_show(capsys):
+    found = schemes.beside(schemes.table(PHI4), made_up())
+    scheme_plots.kl_against_bytes(found, "a model")
+    said = capsys.readouterr().out
+    assert "W4A16, GPTQ 8.1 GB, 0.11667 nats" in said and "bf16 28.3 GB, 0." in said
+    speed = pd.DataFrame({"1 stream": [1.9, 1.8], "8 streams": float("nan"),
+                          "prompt of 512": [0.8, float("nan")], "measured on": ""},
+                         index=["FP8_DYNAMIC", "INT8 W8A8"])
+    scheme_plots.kl_against_speed(found, speed, "a model")
+    said = capsys.readouterr().out
+    assert "FP8_DYNAMIC 0.02333 nats, 1 stream 1.90x, prompt of 512 0.80x; INT8 W8A8" in said
+    assert "INT8 W8A8 0.07000 nats, 1 stream 1.80x." in said
 
 
 def computed(preset, kernel, capability):
