@@ -76,6 +76,11 @@ class Course:
         return shared.servers()
 
     @property
+    def served_mode(self) -> ServingMode:
+        """The mode of the shared servers, where some are named, else ours."""
+        return next((server.mode for server in self.shared.values()), self.mode)
+
+    @property
     def served(self) -> Profile:
         """The profile that is served: of the shared servers, where some are named, else ours."""
         return next((server.profile for server in self.shared.values()), self.profile)
@@ -133,10 +138,9 @@ class Course:
         A shared server's result says so in its work, and has that server's model and mode.
         """
         mark = {"shared": server.shared} if server.shared else {}
-        mode = server.mode if server.shared else self.mode
         ledger.record(experiment, arm, work | mark, metrics,
-                      model=models.model_info(self.served), mode=mode.key, kernel=server.kernel,
-                      checkpoint=server.checkpoint.fingerprint)
+                      model=models.model_info(self.served), mode=self.served_mode.key,
+                      kernel=server.kernel, checkpoint=server.checkpoint.fingerprint)
 
     def measure_what_is_missing(self) -> None:
         """Run the measurements of notebooks 06 and 07 that the ledger lacks for this model."""

@@ -71,6 +71,10 @@ class Endpoint:
         """What to say when there was no answer."""
         raise NotImplementedError
 
+    def since(self) -> str:
+        """How it came to be there, in words."""
+        raise NotImplementedError
+
     def why_away(self) -> str:
         """What is known of why it does not answer, in a sentence."""
         raise NotImplementedError

@@ -240,6 +240,9 @@ class VllmServer(Endpoint):
             "vLLM did not answer.", f"The connection broke: {broken}.",
             f"Read its log, {self.log_path}, and start the server again.")
 
+    def since(self) -> str:
+        return f"ready after {self.startup_seconds:.0f} s"
+
     def why_away(self) -> str:
         return server_log.explain(self.log())[0]
 

@@ -79,7 +79,6 @@ class SharedServer(Endpoint):
 
     patience = PATIENCE
     session = 0  # no process of it is ours
-    startup_seconds = 0.0
     log_path = "on the machine that it runs on"
 
     def __init__(self, url: str, key: str):
@@ -108,6 +107,9 @@ class SharedServer(Endpoint):
     def log(self) -> str:
         """The lines of its log that say which kernel it took and how many tokens fit."""
         return self._log
+
+    def since(self) -> str:
+        return f"shared by {self.shared}"
 
     def stop(self) -> None:
         """Nothing: others use it."""

@@ -1,4 +1,4 @@
-"""Serve the arms for a room, until Ctrl-C: `serve.py bf16,fp8 [HOST [PORT]]`, as `make serve` does.
+"""Serve the arms for a room, until Ctrl-C: `serve.py bf16,fp8 127.0.0.1 8001`, by `make serve`.
 
 Each server listens on this machine alone unless another address is named, and asks for one key on
 every route. The key is in a file of the workspace that only its owner can read.
@@ -15,7 +15,6 @@ from helpers import WorkbookError, address, checkpoint, course, models, servers,
 from helpers.models import Profile
 from helpers.serve_side import about
 
-PORT = 8001  # of the first arm; each further one has the next
 SHARE = 0.88  # of a GPU's memory, for all servers together
 ABOUT = ["--middleware", "helpers.serve_side.about.About"]
 SAID = ("Selected", "Marlin kernel", "KV cache size")  # what of a log is shown to others
@@ -70,7 +69,11 @@ def describe(phi4: course.Course, arm: str, server: serving.VllmServer, file: Pa
         "folder": str(server.model)})
 
 
-def main(wanted: str = "bf16,fp8", host: str = address.LOOPBACK, port: str = "") -> None:
+def main(wanted: str, host: str, port: str) -> None:
+    """Serve until interrupted; the first arm at `port`, the next one at the next."""
+    if not port.isdecimal():
+        raise WorkbookError(f"There is no port {port!r}.", "Ports are numbered from 1 to 65535.",
+                            "Give a number, such as PORT=8001.")
     phi4 = course.open_course()
     every = phi4.arms()
     chosen = [arm for arm in wanted.replace(" ", "").split(",") if arm]
@@ -79,7 +82,7 @@ def main(wanted: str = "bf16,fp8", host: str = address.LOOPBACK, port: str = "")
                             f"This machine serves {' and '.join(every)}.",
                             f"Name one or both, with a comma: ARMS={','.join(every)}.")
     arms, key = {arm: every[arm] for arm in chosen}, key_file()
-    first, pairs = int(port or PORT), []
+    first, pairs = int(port), []
     for at, (arm, model) in enumerate(arms.items()):
         file = workspace.folder("shared") / f"about-{first + at}.json"
         file.unlink(missing_ok=True)  # of an earlier server: this one is not ready
@@ -123,7 +126,7 @@ def words(pairs: list, key: Path, host: str) -> str:
 
 if __name__ == "__main__":
     try:
-        main(*filter(None, sys.argv[1:]))
+        main(*sys.argv[1:])
     except WorkbookError as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:

@@ -284,7 +284,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from helpers import checkpoint, evaluation
 front = SimpleNamespace(**json.loads(sys.argv[1]))
-front.checkpoint = checkpoint.verified(front.model)
+front.checkpoint, front.patience = checkpoint.verified(front.model), 0
 evaluation.run(front, SimpleNamespace(task="tiny_gsm8k"), "bf16", limit=16, concurrency=2)
 """
 
