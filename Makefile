@@ -60,8 +60,9 @@ slides: setup  ## workshop/slides.ipynb as one HTML file, build/slides.html
 editions: setup  ## build/student without solutions; build/solutions, solved and run; ONLY=06
 	@.venv/bin/python scripts/editions.py $(ONLY)
 
-kit: setup  ## build/kit: sets up with no network; PYTHONS="3.11 3.12" names the versions
-	@.venv/bin/python scripts/kit.py $(PYTHONS)
+kit:  ## build/kit: sets up with no network; PYTHONS="3.11 3.12" names the versions
+	@$(HAVE_PYTHON)
+	@$(PYTHON) scripts/kit.py $(PYTHONS)
 
 room: setup  ## one page of what a room handed in: LEDGERS=folder
 	@PYTHONPATH=. .venv/bin/python scripts/room.py page "$(LEDGERS)"
