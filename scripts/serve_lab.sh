@@ -3,7 +3,7 @@
 # kept when a hub starts the container again. A hub names itself in the environment.
 set -eu
 mkdir -p "$HOME/notebooks"
-cp -rn notebooks/. "$HOME/notebooks/"
+cp -rn "$(dirname "$0")/../notebooks/." "$HOME/notebooks/"
 if [ -n "${JUPYTERHUB_API_TOKEN:-}" ]; then
     exec jupyterhub-singleuser --ip=0.0.0.0 --notebook-dir="$HOME/notebooks"
 fi
