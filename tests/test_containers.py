@@ -23,7 +23,8 @@ def test_the_development_container_ends_in_a_jupyterlab_that_is_set_up():
     text = (REPO / ".devcontainer" / "devcontainer.json").read_text()
     found = json.loads(re.sub(r"^\s*//.*$", "", text, flags=re.M))
     assert found["hostRequirements"] == {"cpus": 2, "memory": "8gb", "storage": "32gb"}
-    assert (found["postCreateCommand"], found["postAttachCommand"]) == ("make setup", "make lab")
+    assert found["postCreateCommand"].endswith(" libnuma1 && make setup")
+    assert found["postAttachCommand"] == "make lab"
     assert {"setup", "lab"} <= targets() and found["waitFor"] == "postCreateCommand"
     assert found["remoteUser"] not in ("", "root") and 8888 in found["forwardPorts"]
     assert not SECRET.search(re.sub(r"//.*", "", text))
@@ -37,6 +38,10 @@ def test_the_container_runs_without_root_and_holds_no_secret():
         next(rest for _, rest in found if "setup.py" in rest))
     assert not any(SECRET.search(rest) for name, rest in found if name in ("ARG", "ENV", "COPY"))
     assert not any(name == "ADD" for name, _ in found)
+
+
+def test_the_image_has_what_vllm_loads_from_the_system():
+    assert any(" libnuma1 " in rest for name, rest in instructions() if name == "RUN")
 
 
 def test_whatever_the_image_is_made_from_is_there_and_nothing_that_was_made():
