@@ -156,9 +156,9 @@ def test_a_gpu_and_a_kit_are_a_sentence(monkeypatch):
 
 
 def test_pip_and_uv_take_packages_from_the_kit_alone(a_kit, tmp_path, monkeypatch):
+    uv = environments.bootstrap_uv()[0]
     for name in from_kit.ELSEWHERE:
         monkeypatch.setenv(name, "http://127.0.0.1:9/simple")
-    uv = environments.bootstrap_uv()[0]
     shutil.copytree(uv.parent.parent, tmp_path / "uv", symlinks=True)
     python = tmp_path / "uv" / "bin" / "python"
     from_kit.settle(tmp_path / "uv", a_kit / "wheels")
