@@ -24,13 +24,13 @@ def accuracy_picture(work: str, points: list[Point]) -> str:
     work = room.words(work, LONGEST)
     whos = list(dict.fromkeys((p.who, p.machine) for p in points))[-MOST:]
     places = {who: place for place, who in enumerate(whos)}
-    figure, axis = _by_machine(whos, f"Right answers: {work}")
+    figure, axis = _by_machine(whos, f"Right answers\n{work}")
     for arm, shift in (("bf16", 0.13), ("fp8", -0.13)):
         of_arm = [p for p in points if p.arm == arm and (p.who, p.machine) in places]
         _draw(axis, of_arm, [places[p.who, p.machine] + shift for p in of_arm],
               plots.COLOURS[arm], plots.TITLES[arm])
     axis.set_xlabel("share of right answers (strict-match), Wilson's 95 % interval")
-    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+    figure.legend(loc="outside lower right", ncols=2, frameon=False)
     return plots.as_html(figure, f"Share of right answers of bf16 and FP8 on {len(whos)} machines, "
                                  f"with 95 % intervals: {work}")
 
@@ -38,7 +38,7 @@ def accuracy_picture(work: str, points: list[Point]) -> str:
 def ratio_picture(work: str, points: list[Point]) -> str:
     """Speed over bf16's by machine, as an HTML image; `points`: of one work."""
     points, work = points[-MOST:], room.words(work, LONGEST)
-    figure, axis = _by_machine([(p.who, p.machine) for p in points], f"{_spread(points)}: {work}")
+    figure, axis = _by_machine([(p.who, p.machine) for p in points], f"{_spread(points)}\n{work}")
     axis.axvline(1, color=plots.GREY, linewidth=1, zorder=0)
     _draw(axis, points, range(len(points)), plots.FP8, "")
     axis.set_xlabel("tokens per second over bf16's, on the same machine")
