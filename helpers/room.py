@@ -189,8 +189,21 @@ def _gsm8k(row: dict) -> str:
 
 
 def where(row: dict) -> tuple[str, str]:
-    """What a row was measured on, and in which serving mode."""
-    return words(ledger_row.device(row), 60), words(row["mode"], 20)
+    """What a row was measured on, and in which serving mode. A shared server is nobody's machine.
+    """
+    machine = "a shared server" if row["work"].get("shared") else ledger_row.device(row)
+    return words(machine, 60), words(row["mode"], 20)
+
+
+def speeds_of_shared(handed: list[Handed]) -> int:
+    """How many speeds are a shared server's: they say nothing of the participant's machine."""
+    return sum(row["experiment"] in ("slice", "throughput") and bool(row["work"].get("shared"))
+               for each in handed for row in each.rows)
+
+
+def _own_speeds(each: Handed, experiment: str) -> list[dict]:
+    return [row for row in each.rows
+            if row["experiment"] == experiment and not row["work"].get("shared")]
 
 
 def ratios(handed: list[Handed]) -> tuple[list[Point], int]:
@@ -213,8 +226,8 @@ def _believable(ratio: stats.Interval) -> bool:
 
 
 def _of_slices(each: Handed):
-    for row in each.rows:
-        if row["experiment"] == "slice" and row["arm"] != "bf16" and ledger_row.holds(
+    for row in _own_speeds(each, "slice"):
+        if row["arm"] != "bf16" and ledger_row.holds(
                 row, ("input_tokens", "output_tokens", "concurrency"), SLICE):
             work = row["work"]
             what = (f"{row['arm'].upper()} {work.get('numerics', '').upper()}, {_streams(work)}, "
@@ -224,8 +237,8 @@ def _of_slices(each: Handed):
 
 def _of_models(each: Handed):
     newest: dict[tuple, dict[str, dict]] = {}
-    for row in each.rows:
-        if row["experiment"] == "throughput" and ledger_row.holds(row, ("concurrency",), SPEED):
+    for row in _own_speeds(each, "throughput"):
+        if ledger_row.holds(row, ("concurrency",), SPEED):
             work, profile = row["work"], row["model"]["profile"]
             key = where(row), f"FP8, {_streams(work)}, {profile}"
             newest.setdefault(key, {})[row["arm"]] = row
@@ -258,9 +271,8 @@ def predicted(handed: list[Handed]) -> list[tuple[str, float, float]]:
         numbers = each.predictions.get(slice_speed.PREDICTED, [])
         for work, number in zip(slice_speed.WORK, numbers, strict=False):
             asked = {name: value for name, value in work.in_ledger().items() if name != "rounds"}
-            measured = [row["metrics"]["ratio"] for row in each.rows
-                        if (row["experiment"], row["arm"]) == ("slice", "fp8")
-                        and row["work"].get("numerics") == "w8a16"
+            measured = [row["metrics"]["ratio"] for row in _own_speeds(each, "slice")
+                        if (row["arm"], row["work"].get("numerics")) == ("fp8", "w8a16")
                         and ledger_row.holds(row, (), SLICE)
                         and _believable(stats.Interval(*(row["metrics"][n] for n in SLICE)))
                         and all(row["work"].get(name) == value for name, value in asked.items())]

@@ -127,7 +127,8 @@ def page(handed: list[Handed], refused: list[tuple[str, str]]) -> str:
         accuracies=[Markup(accuracy_picture(*found)) for found in
                     room.by_work(room.accuracies(handed))[:PICTURES]],
         ratios=[Markup(ratio_picture(*found)) for found in room.by_work(ratios)[:PICTURES]],
-        unbelievable=unbelievable, notebooks=notebooks, tasks=lines, shares=shares,
+        unbelievable=unbelievable, shared=room.speeds_of_shared(handed), notebooks=notebooks,
+        tasks=lines, shares=shares,
         predictions=Markup(prediction_picture(predicted)) if predicted else "",
         machines=machines)
 

@@ -96,6 +96,15 @@ def test_the_newest_of_a_machines_results_counts(measured, folder):
     assert [point.estimate.value for point in room.accuracies(handed)] == [0.5, 0.5]
 
 
+def test_a_shared_server_is_one_machine_and_its_speeds_are_not_compared(measured, folder):
+    rows = [row | {"work": row["work"] | {"shared": "NVIDIA H100"}} for row in measured]
+    (folder / "a.jsonl").write_text(changed(rows))
+    handed, _ = room.read_all(folder)
+    assert {point.machine for point in room.accuracies(handed)} == {"a shared server"}
+    assert room.ratios(handed) == ([], 0)
+    assert "Left out: 10 speed(s) of a shared server" in shown(folder).text
+
+
 def test_works_that_differ_are_not_set_side_by_side(measured, folder):
     fewer = [row | {"work": row["work"] | {"limit": 50}} for row in measured
              if row["experiment"] == "gsm8k"]
