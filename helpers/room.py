@@ -20,6 +20,7 @@ LARGEST_FILE = 20_000_000  # bytes; a whole course leaves some 50 kB
 LONGEST_NAME = 40
 NO_NAME = "no name"
 RATIOS = (0.01, 100.0)  # between which an FP8 arm's speed beside bf16 can be believed
+SLICE = ("ratio", "ratio_low", "ratio_high")
 SPEED = ("output_tok_s", "output_tok_s_min", "output_tok_s_max")
 
 
@@ -31,7 +32,7 @@ class Handed:
     name: str
     rows: list[dict]
     tasks: dict[str, dict] = field(default_factory=dict)
-    predictions: dict[str, dict[str, float]] = field(default_factory=dict)
+    predictions: dict[str, list[float]] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()  # what of the file is left out, and why
 
 
@@ -145,12 +146,12 @@ def _tasks(found: object) -> dict[str, dict]:
             and type(entry.get("done")) is bool and type(entry.get("hints")) is int}
 
 
-def _predictions(found: object) -> dict[str, dict[str, float]]:
-    """By question, the number predicted of each thing; what is not a number is left out."""
-    return {words(question): {words(of): float(number) for of, number in numbers.items()
-                               if type(number) in (int, float) and 0 < number < 1000}
+def _predictions(found: object) -> dict[str, list[float]]:
+    """By question, the numbers predicted; a question with anything else in it is left out."""
+    return {words(question): [float(number) for number in numbers]
             for question, numbers in (found if isinstance(found, dict) else {}).items()
-            if isinstance(numbers, dict)}
+            if isinstance(numbers, list) and all(
+                type(number) in (int, float) and 0 < number < 1000 for number in numbers)}
 
 
 # --- figures by machine -------------------------------------------------------------------------
@@ -188,49 +189,105 @@ def _gsm8k(row: dict) -> str:
 
 
 def where(row: dict) -> tuple[str, str]:
-    """What a row was measured on, and in which serving mode."""
-    return words(ledger_row.device(row), 60), words(row["mode"], 20)
+    """What a row was measured on, and in which serving mode. A shared server is nobody's machine.
+    """
+    machine = "a shared server" if row["work"].get("shared") else ledger_row.device(row)
+    return words(machine, 60), words(row["mode"], 20)
+
+
+def speeds_of_shared(handed: list[Handed]) -> int:
+    """How many speeds are a shared server's: they say nothing of the participant's machine."""
+    return sum(row["experiment"] in ("slice", "throughput") and bool(row["work"].get("shared"))
+               for each in handed for row in each.rows)
+
+
+def _own_speeds(each: Handed, experiment: str) -> list[dict]:
+    return [row for row in each.rows
+            if row["experiment"] == experiment and not row["work"].get("shared")]
 
 
 def ratios(handed: list[Handed]) -> tuple[list[Point], int]:
-    """The newest FP8 speed of every machine and work over its bf16, and how many are unbelievable.
+    """The newest speed over bf16's of every machine and work, and how many are unbelievable.
 
-    The interval is the widest that the rounds allow: FP8's slowest over bf16's fastest, to FP8's
-    fastest over bf16's slowest. It is wider than that of the ratios by round, which a ledger does
-    not keep.
+    Of the slice of Phi-4 (notebook 07) the ledger has the ratio with its interval over the rounds.
+    Of a whole model it has each arm's median and range: there the interval is the widest that the
+    rounds allow, one arm's slowest over the other's fastest, and back.
     """
-    newest = {}
+    found = [(each, *where(row), *work_and_ratio) for each in handed
+             for row, work_and_ratio in [*_of_slices(each), *_of_models(each)]]
+    newest = {(each.file, machine, mode, work): Point(each.name, machine, mode, work, "", ratio)
+              for each, machine, mode, work, ratio in found}
+    points = [point for point in newest.values() if _believable(point.estimate)]
+    return points, len(newest) - len(points)
+
+
+def _believable(ratio: stats.Interval) -> bool:
+    return RATIOS[0] < ratio.low <= ratio.value <= ratio.high < RATIOS[1]
+
+
+def _of_slices(each: Handed):
+    for row in _own_speeds(each, "slice"):
+        if row["arm"] != "bf16" and ledger_row.holds(
+                row, ("input_tokens", "output_tokens", "concurrency"), SLICE):
+            work = row["work"]
+            what = (f"{row['arm'].upper()} {work.get('numerics', '').upper()}, {_streams(work)}, "
+                    f"{work.get('layers', '?')} layers of Phi-4's shapes")
+            yield row, (what, stats.Interval(*(row["metrics"][name] for name in SLICE)))
+
+
+def _of_models(each: Handed):
+    newest: dict[tuple, dict[str, dict]] = {}
+    for row in _own_speeds(each, "throughput"):
+        if ledger_row.holds(row, ("concurrency",), SPEED):
+            work, profile = row["work"], row["model"]["profile"]
+            key = where(row), f"FP8, {_streams(work)}, {profile}"
+            newest.setdefault(key, {})[row["arm"]] = row
+    for (_, what), arms in newest.items():
+        if {"bf16", "fp8"} <= arms.keys():
+            (value, low, high), (base, least, most) = (
+                [arms[arm]["metrics"][name] for name in SPEED] for arm in ("fp8", "bf16"))
+            ratio = (stats.Interval(value / base, low / most, high / least)
+                     if min(base, least, most) > 0 else stats.Interval(0, 0, 0))
+            yield arms["fp8"], (what, ratio)
+
+
+def _streams(work: dict) -> str:
+    given, made, streams = (work.get(name, "?") for name in (
+        "input_tokens", "output_tokens", "concurrency"))
+    if made == 1:
+        return f"prompt of {given}"
+    return f"{streams} stream{'s' if streams != 1 else ''} of {given} + {made} tokens"
+
+
+def predicted(handed: list[Handed]) -> list[tuple[str, float, float]]:
+    """What was predicted of the slice of Phi-4 and then measured: (work, predicted, measured).
+
+    For each participant who did both, of the arm and the works that notebook 07 asks for.
+    """
+    from helpers import slice_speed
+
+    pairs = []
     for each in handed:
-        for row in each.rows:
-            if row["experiment"] == "throughput" and ledger_row.holds(row, ("concurrency",), SPEED):
-                newest.setdefault((each.file, *where(row), _speed(row)), {})[row["arm"]] = each, row
-    points, unbelievable = [], 0
-    for (_, machine, mode, work), arms in newest.items():
-        if not {"bf16", "fp8"} <= arms.keys():
-            continue
-        (each, fp8), (_, bf16) = arms["fp8"], arms["bf16"]
-        (value, low, high), (base, least, most) = (
-            [row["metrics"][name] for name in SPEED] for row in (fp8, bf16))
-        if not (0 < low <= value <= high and 0 < least <= base <= most
-                and RATIOS[0] < low / most and high / least < RATIOS[1]):
-            unbelievable += 1
-            continue
-        points.append(Point(each.name, machine, mode, work, "",
-                            stats.Interval(value / base, low / most, high / least)))
-    return points, unbelievable
-
-
-def _speed(row: dict) -> str:
-    work = row["work"]
-    streams = work["concurrency"]
-    return (f"{streams} stream{'s' if streams != 1 else ''} of {work.get('input_tokens', '?')} + "
-            f"{work.get('output_tokens', '?')} tokens, {row['model']['profile']}")
+        numbers = each.predictions.get(slice_speed.PREDICTED, [])
+        for work, number in zip(slice_speed.WORK, numbers, strict=False):
+            asked = {name: value for name, value in work.in_ledger().items() if name != "rounds"}
+            measured = [row["metrics"]["ratio"] for row in _own_speeds(each, "slice")
+                        if (row["arm"], row["work"].get("numerics")) == ("fp8", "w8a16")
+                        and ledger_row.holds(row, (), SLICE)
+                        and _believable(stats.Interval(*(row["metrics"][n] for n in SLICE)))
+                        and all(row["work"].get(name) == value for name, value in asked.items())]
+            if measured and RATIOS[0] < number < RATIOS[1]:
+                pairs.append((work.title, number, measured[-1]))
+    return pairs
 
 
 def by_work(points: list[Point]) -> list[tuple[str, list[Point]]]:
-    """The points of each work, that of most machines first; each sorted by its estimate."""
+    """The points of each work, that of most machines first; each sorted by its estimate.
+
+    Works of as many machines keep their order.
+    """
     found: dict[str, list[Point]] = {}
     for point in points:
         found.setdefault(point.work, []).append(point)
     return [(work, sorted(each, key=lambda point: point.estimate.value))
-            for work, each in sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))]
+            for work, each in sorted(found.items(), key=lambda item: -len(item[1]))]

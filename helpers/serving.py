@@ -196,6 +196,9 @@ class VllmServer(Endpoint):
             # NumPy's OpenBLAS starts threads when it is imported, and with threads no process may
             # be forked (`serve_side.cpu_platform`).
             env.setdefault("OPENBLAS_NUM_THREADS", "1")
+            # vLLM's sampler has a function that torch.compile turns into C++ at the first request
+            # for logprobs. Where there is no g++, as on many a laptop, the engine dies of it.
+            env.setdefault("TORCH_COMPILE_DISABLE", "1")
         return subprocess.Popen(
             [sys.executable, "-m", "helpers.serve_side.supervisor", str(os.getpid()),
              str(self.log_path), *self.command(port)],

@@ -115,6 +115,11 @@ def make() -> Finding:
     return Finding(False, "make", "missing: on Debian or Ubuntu `apt install make`", "no make")
 
 
+def library() -> Finding:
+    missing = cpu.missing_library()
+    return Finding(not missing, "libnuma", missing or "there", "no libnuma" if missing else "")
+
+
 def disk(needed: int) -> Finding:
     free = shutil.disk_usage(REPO).free
     short = f"disk {free / GB:.0f} GB"
@@ -224,8 +229,8 @@ def examine(known) -> tuple:
     found = [] if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1") else gpus()
     model, features = cpu.read()
     has = memory()
-    findings += [disk(DISK["gpu" if found else "cpu"]), ram(has), processor(model, features),
-                 graphics(found)]
+    findings += [*([] if found else [library()]), disk(DISK["gpu" if found else "cpu"]), ram(has),
+                 processor(model, features), graphics(found)]
     said = ("", "") if sys.version_info < (3, 11) else will_run(found, model, features, has)
     return (findings, *said)
 

@@ -14,7 +14,7 @@ from helpers.room import Handed, Point
 
 REPO = Path(__file__).resolve().parent.parent
 PAGE, HAND_IN = REPO / "build" / "room.html", REPO / "build" / "hand-in.jsonl"
-PICTURES = 3  # of a kind, of the works that most machines did
+PICTURES = 4  # of a kind, of the works that most machines did
 MOST = 200  # machines in one picture
 LONGEST = 90  # characters of a picture's title that are a work's
 
@@ -24,24 +24,24 @@ def accuracy_picture(work: str, points: list[Point]) -> str:
     work = room.words(work, LONGEST)
     whos = list(dict.fromkeys((p.who, p.machine) for p in points))[-MOST:]
     places = {who: place for place, who in enumerate(whos)}
-    figure, axis = _by_machine(whos, f"Right answers: {work}")
+    figure, axis = _by_machine(whos, f"Right answers\n{work}")
     for arm, shift in (("bf16", 0.13), ("fp8", -0.13)):
         of_arm = [p for p in points if p.arm == arm and (p.who, p.machine) in places]
         _draw(axis, of_arm, [places[p.who, p.machine] + shift for p in of_arm],
               plots.COLOURS[arm], plots.TITLES[arm])
     axis.set_xlabel("share of right answers (strict-match), Wilson's 95 % interval")
-    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+    figure.legend(loc="outside lower right", ncols=2, frameon=False)
     return plots.as_html(figure, f"Share of right answers of bf16 and FP8 on {len(whos)} machines, "
                                  f"with 95 % intervals: {work}")
 
 
 def ratio_picture(work: str, points: list[Point]) -> str:
-    """FP8's speed over bf16's by machine, as an HTML image; `points`: of one work."""
+    """Speed over bf16's by machine, as an HTML image; `points`: of one work."""
     points, work = points[-MOST:], room.words(work, LONGEST)
-    figure, axis = _by_machine([(p.who, p.machine) for p in points], f"{_spread(points)}: {work}")
+    figure, axis = _by_machine([(p.who, p.machine) for p in points], f"{_spread(points)}\n{work}")
     axis.axvline(1, color=plots.GREY, linewidth=1, zorder=0)
     _draw(axis, points, range(len(points)), plots.FP8, "")
-    axis.set_xlabel("FP8's output tokens per second over bf16's, on the same machine")
+    axis.set_xlabel("tokens per second over bf16's, on the same machine")
     return plots.as_html(figure, f"{_spread(points)}; a point and a range for each of "
                                  f"{len(points)} machines: {work}")
 
@@ -49,8 +49,30 @@ def ratio_picture(work: str, points: list[Point]) -> str:
 def _spread(points: list[Point]) -> str:
     low, high = points[0].estimate.value, points[-1].estimate.value
     if len(points) == 1:
-        return f"FP8 is {low:.2f} times as fast on one machine"
-    return f"FP8 is {low:.2f} to {high:.2f} times as fast on {len(points)} machines"
+        return f"{low:.2f} times bf16's speed on one machine"
+    return f"{low:.2f} to {high:.2f} times bf16's speed on {len(points)} machines"
+
+
+def prediction_picture(pairs: list[tuple[str, float, float]]) -> str:
+    """Predicted against measured ratios, as an HTML image; `pairs`: as `room.predicted` has them.
+    """
+    figure, axis = plots.canvas(6, 5)
+    colours = (plots.BF16, plots.FP8, plots.THIRD)
+    for (work, colour), marker in zip(
+            dict(zip(dict.fromkeys(work for work, _, _ in pairs), colours, strict=False)).items(),
+            "os^", strict=False):
+        of_work = [(measured, guess) for title, guess, measured in pairs if title == work]
+        axis.plot(*zip(*of_work, strict=True), marker, color=colour, label=work, alpha=0.8)
+    ends = [min(min(pair[1:]) for pair in pairs) / 1.2, max(max(pair[1:]) for pair in pairs) * 1.2]
+    axis.plot(ends, ends, color=plots.GREY, linewidth=1, zorder=0)
+    axis.set(xscale="log", yscale="log", xlabel="measured: FP8 W8A16's speed over bf16's",
+             ylabel="predicted")
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.set_major_formatter("{x:g}")
+        ticks.set_minor_formatter("{x:g}")
+    axis.set_title(f"{len(pairs)} predictions beside their measurements", loc="left", fontsize=11)
+    axis.legend(frameon=False)
+    return plots.as_html(figure, f"Predicted ratios against measured ones: {len(pairs)} points")
 
 
 def _by_machine(whos: list[tuple[str, str]], title: str):
@@ -93,6 +115,7 @@ def page(handed: list[Handed], refused: list[tuple[str, str]]) -> str:
     from markupsafe import Markup
 
     ratios, unbelievable = room.ratios(handed)
+    predicted = room.predicted(handed)
     notebooks, lines, shares = tasks(handed)
     machines = [(each.name, *where, sum(room.where(row) == where for row in each.rows))
                 for each in handed for where in dict.fromkeys(map(room.where, each.rows))]
@@ -104,8 +127,10 @@ def page(handed: list[Handed], refused: list[tuple[str, str]]) -> str:
         accuracies=[Markup(accuracy_picture(*found)) for found in
                     room.by_work(room.accuracies(handed))[:PICTURES]],
         ratios=[Markup(ratio_picture(*found)) for found in room.by_work(ratios)[:PICTURES]],
-        unbelievable=unbelievable, shared=0, predictions="", notebooks=notebooks, tasks=lines,
-        shares=shares, machines=machines)
+        unbelievable=unbelievable, shared=room.speeds_of_shared(handed), notebooks=notebooks,
+        tasks=lines, shares=shares,
+        predictions=Markup(prediction_picture(predicted)) if predicted else "",
+        machines=machines)
 
 
 def main(words: list[str]) -> int:

@@ -12,7 +12,7 @@ import doctor
 import pytest
 from conftest import REPO
 
-from helpers import hardware
+from helpers import cpu, hardware, preflight
 
 H100 = "NVIDIA H100 80GB HBM3, 81559, 9.0, 580.82.07"  # as nvidia-smi prints them
 A40 = "NVIDIA A40, 46068, 8.6, 580.82.07"
@@ -100,6 +100,17 @@ def test_what_falls_short_is_said_with_the_remedy(monkeypatch):
     assert not doctor.disk(10**18).ok
     assert not doctor.processor("an old CPU", frozenset({"sse4_2"})).ok
     assert doctor.processor("an AVX2 CPU", frozenset({"avx2"})).ok
+
+
+def test_a_library_that_vllm_loads_from_the_system_is_missed_before_a_server_stops(monkeypatch):
+    assert cpu.missing_library() == "" and doctor.library().ok
+    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    assert "apt install libnuma1" in doctor.library().detail
+    assert doctor.library().short == "no libnuma"
+    machine = hardware.detect()
+    checks = {check.name: check for check in preflight.preflight()}
+    if not machine.gpus:
+        assert not checks["libnuma"].ok and "libnuma1" in checks["libnuma"].detail
 
 
 def test_a_shim_without_a_python_behind_it_is_passed_over(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import room as page
 from bs4 import BeautifulSoup
 from conftest import REPO
 
-from helpers import WorkbookError, ledger, models, room
+from helpers import WorkbookError, ledger, models, room, slice_speed
 
 MEASURED = REPO / "data" / "measured" / "cpu-tiny-phi4.jsonl"
 MODEL = models.model_info(models.PHI4)
@@ -62,8 +62,8 @@ def test_two_real_ledgers_become_one_page(tmp_workspace, folder, tmp_path):
     cells = [cell.text for cell in text.find_all("table")[-1].find_all("td")]
     assert cells[0] == "no name 1" and "blue fox" in cells
     pictures = text.find_all("img")
-    assert len(pictures) == 4 and "Share of right answers" in pictures[0]["alt"]
-    assert "FP8 is 0.99 times as fast on one machine" in str(pictures)
+    assert len(pictures) == 5 and "Share of right answers" in pictures[0]["alt"]
+    assert "0.99 times bf16's speed on one machine" in str(pictures)
 
 
 def test_the_figures_are_those_of_the_rows(measured, folder):
@@ -94,6 +94,15 @@ def test_the_newest_of_a_machines_results_counts(measured, folder):
     (folder / "a.jsonl").write_text(changed(scores) + changed(later))
     handed, _ = room.read_all(folder)
     assert [point.estimate.value for point in room.accuracies(handed)] == [0.5, 0.5]
+
+
+def test_a_shared_server_is_one_machine_and_its_speeds_are_not_compared(measured, folder):
+    rows = [row | {"work": row["work"] | {"shared": "NVIDIA H100"}} for row in measured]
+    (folder / "a.jsonl").write_text(changed(rows))
+    handed, _ = room.read_all(folder)
+    assert {point.machine for point in room.accuracies(handed)} == {"a shared server"}
+    assert room.ratios(handed) == ([], 0)
+    assert "Left out: 10 speed(s) of a shared server" in shown(folder).text
 
 
 def test_works_that_differ_are_not_set_side_by_side(measured, folder):
@@ -217,3 +226,36 @@ def test_thirty_machines_are_one_page(measured, folder):
     handed, _ = room.read_all(folder)
     assert len(handed) == 30 and len(room.by_work(room.accuracies(handed))[0][1]) == 60
     assert len(page.page(handed, [])) < 3_000_000
+
+
+def a_slice(measured: list[dict], ratios: list[float], arm="fp8", numerics="w8a16") -> str:
+    """Rows as notebook 07 leaves them of Phi-4's shapes, one for each of its works."""
+    lines = ""
+    for work, ratio in zip(slice_speed.WORK, ratios, strict=True):
+        lines += changed(measured[:1], experiment="slice", arm=arm,
+                         work=work.in_ledger() | {"numerics": numerics, "layers": 2},
+                         metrics={"tok_s": 9.0, "ratio": ratio, "ratio_low": ratio * 0.9,
+                                  "ratio_high": ratio * 1.1})
+    return lines
+
+
+def test_predictions_stand_beside_what_was_measured(measured, folder):
+    handed_in(folder, "a", a_slice(measured, [1.9, 0.9, 0.7]) + a_slice(
+        measured, [1.8, 1.7, 1.6], arm="int8", numerics="w8a8"), predictions={"slice": [2, 1, 0.5]})
+    handed_in(folder, "b", a_slice(measured, [2.1, 1.2, 1e9]),
+              predictions={"slice": [1.5, 1.5, 1.5], "lost": 3})
+    handed_in(folder, "nothing measured", changed(measured), predictions={"slice": [9, 9, 9]})
+    handed_in(folder, "nonsense", a_slice(measured, [1, 1, 1]), predictions={"slice": [1, "x", 1]})
+    handed, _ = room.read_all(folder)
+    assert sorted(room.predicted(handed)) == [
+        ("1 stream", 1.5, 2.1), ("1 stream", 2, 1.9), ("8 streams", 1, 0.9),
+        ("8 streams", 1.5, 1.2), ("prompt of 512", 0.5, 0.7)]
+    points, unbelievable = room.ratios(handed)
+    assert unbelievable == 1
+    (work, first), *_ = room.by_work(points)
+    assert work == "FP8 W8A16, 1 stream of 1 + 32 tokens, 2 layers of Phi-4's shapes"
+    assert [point.estimate.value for point in first] == [1, 1.9, 2.1]
+    assert (first[-1].estimate.low, first[-1].estimate.high) == (2.1 * 0.9, 2.1 * 1.1)
+    assert any(work.startswith("INT8 W8A8, prompt of 512") for work, _ in room.by_work(points))
+    pictures = shown(folder).find_all("img")
+    assert "5 points" in pictures[-1]["alt"]
