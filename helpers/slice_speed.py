@@ -71,10 +71,20 @@ def servers(part: Slice, copies: Mapping[str, Checkpoint], machine: Machine,
     return found
 
 
-def measure(bench: throughput.Measure, part: Slice, copies: Mapping[str, Checkpoint],
-            machine: Machine, mode: ServingMode) -> "pd.DataFrame":
-    """`throughput.in_turn` of the slice's arms on `WORK`; `bench`: a `benchmark(*SHOWN)`."""
-    return throughput.in_turn(bench, servers(part, copies, machine, mode), WORK, part.together)
+def measure(part: Slice, copies: Mapping[str, Checkpoint], machine: Machine,
+            mode: ServingMode) -> "pd.DataFrame":
+    """`throughput.in_turn` of the slice's arms on `WORK`.
+
+    The benchmark's process comes after the servers: while they load, memory is fullest.
+    """
+    of_arm = servers(part, copies, machine, mode)
+    try:
+        if part.together:
+            serving.start_together(list(of_arm.values()))
+        with throughput.benchmark(*SHOWN) as bench:
+            return throughput.in_turn(bench, of_arm, WORK, part.together)
+    finally:
+        serving.stop_together(of_arm.values())
 
 
 def table(ratios: "pd.DataFrame", expected: Mapping[str, float] | None = None) -> "pd.DataFrame":

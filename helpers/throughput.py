@@ -61,8 +61,9 @@ class Work:
         return self.streams * each
 
     def shorter(self) -> "Work":
-        """The same for a warm-up: everything is computed once, and few tokens are generated."""
-        return replace(self, generated_tokens=min(self.generated_tokens, 4))
+        """The same for a warm-up: as many streams, and few tokens."""
+        return replace(self, prompt_tokens=min(self.prompt_tokens, 64),
+                       generated_tokens=min(self.generated_tokens, 4))
 
     def flags(self) -> list[str]:
         """The flags of `vllm bench serve` for one round: every request once, greedy."""
@@ -133,14 +134,15 @@ def in_turn(measure: Measure, of_arm: dict[str, serving.VllmServer], work: Seque
             together: bool) -> "pd.DataFrame":
     """Measure every server on all work, in an order that alternates from round to round.
 
-    `measure`: a `benchmark`. `of_arm`: the servers, not started; they are stopped at the end.
-    `together`: whether all of them run at once; then the arms take turns at each piece of work, so
-    that what is compared lies seconds apart, else only the one that is measured is up, and does all
-    the work of a round. A table with one row per round, arm and work: round, arm, work (its
-    title), streams, prompt_tokens, generated_tokens, kernel, tok_s (`tokens_per_second`),
-    output_tok_s, joules_per_token (of the GPU, the prompt's included; NaN where none reports it)
-    and `LATENCIES`. After a server's start each piece of work is run once, with fewer tokens, and
-    the result thrown away.
+    `measure`: a `benchmark`. `of_arm`: the servers; they are started where they are not up, and
+    stopped at the end. `together`: whether all of them run at once; then the arms take turns at
+    each piece of work, so that what is compared lies seconds apart, else only the one that is
+    measured is up, and does all the work of a round. After a server's start each piece of work is
+    run once, with fewer tokens, and the result thrown away.
+
+    A table with one row per round, arm and work: round, arm, work (its title), streams,
+    prompt_tokens, generated_tokens, kernel, tok_s (`tokens_per_second`), output_tok_s,
+    joules_per_token (of the GPU, the prompt's included; NaN where none reports it) and `LATENCIES`.
     """
     import pandas as pd
     from tqdm.auto import tqdm
@@ -152,7 +154,8 @@ def in_turn(measure: Measure, of_arm: dict[str, serving.VllmServer], work: Seque
             if arm not in up:
                 serving.stop_together(of_arm[other] for other in up)
                 up = tuple(of_arm) if together else (arm,)
-                serving.start_together([of_arm[name] for name in up])
+                if idle := [of_arm[name] for name in up if not of_arm[name].is_running]:
+                    serving.start_together(idle)
                 for server in (of_arm[name] for name in up):
                     for warm_up in work:
                         measure(server, warm_up.shorter())

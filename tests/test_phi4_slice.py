@@ -220,9 +220,8 @@ def test_a_slice_is_served_measured_and_recorded(tmp_workspace, small, recipes, 
     two = {name: every[name] for name in [*every][::len(every) - 1]}  # the first and the last
     monkeypatch.setattr(phi4_slice, "arms", lambda mode: two)
     format = [arm.format for arm in two.values()][1]
-    with (throughput.benchmark(*slice_speed.SHOWN) as bench,
-          phi4_slice.made(small, {format: recipes[format]}) as found):
-        rounds = slice_speed.measure(bench, small, found, where, mode)
+    with phi4_slice.made(small, {format: recipes[format]}) as found:
+        rounds = slice_speed.measure(small, found, where, mode)
         slice_speed.record(small, mode, rounds, found)
     assert len(rounds) == 2 * 2 * 2 and (rounds["tok_s"] > 0).all()
     rows = ledger.read()

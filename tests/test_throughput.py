@@ -117,6 +117,10 @@ def happenings(monkeypatch):
         def __init__(self, model, flags):
             self.model, self.flags, self.kernel = model, flags, f"kernel of {model}"
 
+        @property
+        def is_running(self):
+            return self in up
+
     def start(servers):
         for server in servers:
             assert throughput.NO_REUSE[0] in server.flags and server not in up
@@ -194,6 +198,15 @@ def test_the_arms_take_turns_in_going_first():
                                                                  strict=True))
 
 
+def test_a_server_that_runs_already_is_not_started_again(happenings):
+    with throughput.benchmark() as measure:
+        of_arm = {name: throughput.serving.VllmServer(name, throughput.NO_REUSE) for name in "BF"}
+        throughput.serving.start_together([of_arm["F"]])
+        throughput.in_turn(measure, of_arm, [BUSY], together=True)
+    assert [each for each in happenings if each[0] in ("start", "stop")] == [
+        ("start", "F"), ("start", "B"), ("stop", "B"), ("stop", "F")]
+
+
 def test_servers_are_stopped_when_a_measurement_is_interrupted(happenings, monkeypatch):
     monkeypatch.setattr(throughput.servers, "fit_together", lambda *_: True)
     monkeypatch.setattr(throughput, "tokens_per_second", lambda work, result: 1 / 0)
@@ -202,9 +215,9 @@ def test_servers_are_stopped_when_a_measurement_is_interrupted(happenings, monke
     assert happenings[-2:] == [("stop", "B"), ("stop", "F")]
 
 
-def test_a_warm_up_computes_the_same_and_generates_less():
-    assert Work(8, 512, 500).shorter() == Work(8, 512, 4)
-    assert Work(1, 512, 1).shorter() == Work(1, 512, 1)
+def test_a_warm_up_has_as_many_streams_and_fewer_tokens():
+    assert Work(8, 512, 500).shorter() == Work(8, 64, 4)
+    assert Work(1, 32, 1).shorter() == Work(1, 32, 1)
 
 
 def test_the_speed_of_decoding_is_without_the_prompt_and_a_prompts_is_to_its_first_token():
