@@ -17,9 +17,9 @@ HAVE_PYTHON = command -v $(PYTHON) >/dev/null || { echo "No Python was found. In
 	>&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help doctor setup preflight run lab book hand-in slides editions kit room test test-faults \
-	test-smollm2 test-browser test-gpu test-isa lint notebooks full-size bench-cpu measure-formats \
-	lock clean
+.PHONY: help doctor setup preflight run lab book hand-in serve slides editions kit room test \
+	test-faults test-smollm2 test-browser test-gpu test-isa lint notebooks full-size bench-cpu \
+	measure-formats lock clean
 
 # A line "## group" heads the targets below it, and "target: ... ## words" describes one.
 help:
@@ -53,6 +53,12 @@ hand-in: setup  ## your results in one file for the instructor; ALIAS=name, if y
 	@PYTHONPATH=. .venv/bin/python scripts/room.py hand-in "$(ALIAS)"
 
 ## For an instructor
+
+# Another address than this machine's own is taken from the command line, from no environment.
+serve: setup  ## servers for a room until Ctrl-C: ARMS=bf16,fp8 PORT=8001 LISTEN=127.0.0.1
+	@PYTHONPATH=. .venv/bin/python scripts/serve.py "$(or $(ARMS),bf16,fp8)" \
+		"$(or $(if $(findstring command,$(origin LISTEN)),$(LISTEN)),127.0.0.1)" \
+		"$(or $(if $(findstring command,$(origin PORT)),$(PORT)),8001)"
 
 slides: setup  ## workshop/slides.ipynb as one HTML file, build/slides.html
 	@.venv/bin/python scripts/slides.py

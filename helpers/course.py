@@ -19,10 +19,12 @@ from helpers import (
     quantize,
     servers,
     serving,
+    shared,
     throughput,
     workspace,
 )
 from helpers.checkpoint import Checkpoint
+from helpers.endpoint import Endpoint
 from helpers.hardware import Machine, ServingMode
 from helpers.models import Profile
 
@@ -62,12 +64,30 @@ class Course:
         """Servers of the arms for a `with` block, and in it a `for` loop over (arm, server).
 
         Both are up at once where memory allows, else each in its turn; none outlives the block.
+        Shared servers, where some are named, are taken as they are, whatever the flags.
         """
+        if self.shared:
+            return contextlib.nullcontext(self.shared.items())
         return servers.running(self.arms(), flags, self.mode)
+
+    @functools.cached_property
+    def shared(self) -> dict[str, shared.SharedServer]:
+        """The servers that PHI4_FP8_SERVERS names, by arm, each asked once what it serves."""
+        return shared.servers()
+
+    @property
+    def served_mode(self) -> ServingMode:
+        """The mode of the shared servers, where some are named, else ours."""
+        return next((server.mode for server in self.shared.values()), self.mode)
+
+    @property
+    def served(self) -> Profile:
+        """The profile that is served: of the shared servers, where some are named, else ours."""
+        return next((server.profile for server in self.shared.values()), self.profile)
 
     def compares(self, experiment: str) -> bool:
         """Whether both arms are served here; if not, prints what was published of Phi-4 in bf16."""
-        if "bf16" in models.arms(self.profile, self.machine):
+        if "bf16" in (self.shared or models.arms(self.profile, self.machine)):
             return True
         figures = "; ".join(f"{row['claim']}: {row['value']} {row['unit']}"
                             for row in ledger.published()
@@ -111,6 +131,17 @@ class Course:
             checkpoint=checkpoint.fingerprint,
         )
 
+    def record_served(self, experiment: str, arm: str, server: Endpoint, work: dict,
+                      metrics: dict) -> None:
+        """Append what a server, ours or a shared one, was asked for.
+
+        A shared server's result says so in its work, and has that server's model and mode.
+        """
+        mark = {"shared": server.shared} if server.shared else {}
+        ledger.record(experiment, arm, work | mark, metrics,
+                      model=models.model_info(self.served), mode=self.served_mode.key,
+                      kernel=server.kernel, checkpoint=server.checkpoint.fingerprint)
+
     def measure_what_is_missing(self) -> None:
         """Run the measurements of notebooks 06 and 07 that the ledger lacks for this model."""
         lacking = [e for e in ("gsm8k", "throughput")
@@ -129,9 +160,9 @@ class Course:
         scores: dict[str, evaluation.Evaluation] = {}
         with self.serve(serving.default_flags(self.profile, self.mode)) as running:
             for arm, server in running:
-                scores[arm] = evaluation.run(server, self.profile, arm, limit=limit)
-                self.record("gsm8k", arm, server.checkpoint, kernel=server.kernel,
-                            **evaluation.ledger_row(scores[arm], scores.get("bf16")))
+                scores[arm] = evaluation.run(server, self.served, arm, limit=limit)
+                self.record_served("gsm8k", arm, server,
+                                   **evaluation.ledger_row(scores[arm], scores.get("bf16")))
         return scores
 
     def _measure_throughput(self) -> None:
@@ -159,6 +190,9 @@ class Course:
             lines["arms"] = (
                 f"FP8 alone: bf16 takes {self.profile.bf16_bytes / 1e9:.3g} GB of weights and does "
                 "not fit; beside FP8 stand the figures published for bf16")
+        if shared.named():
+            lines["servers"] = (f"shared, in 05 and 06, for {' and '.join(shared.named())} "
+                                f"({shared.SERVERS})")
         # JupyterLab breaks a longer line in the middle of a word.
         return "\n".join(textwrap.fill(line, 100, initial_indent=f"{name:9}",
                                        subsequent_indent=" " * 9)

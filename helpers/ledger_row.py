@@ -19,7 +19,7 @@ FIELDS = {"schema": int, "id": str, "time": str, "experiment": str, "arm": str, 
 PARTS = {"model": {"profile": str, "repo": str, "revision": str},
          "work": {"task": str, "limit": int, "num_fewshot": int, "input_tokens": int,
                   "output_tokens": int, "concurrency": int, "rounds": int, "engine": str,
-                  "numerics": str, "layers": int},
+                  "numerics": str, "layers": int, "shared": str},
          "hardware": {"gpus": list, "cpu": str, "cores": int},
          "versions": {"vllm": str, "llmcompressor": str}}
 # Words without markup: "_" within a word only, no address, no mention, no dash that opens a rule.

@@ -7,11 +7,9 @@ and itself.
 """
 
 import contextlib
-import errno
 import os
 import pwd
 import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +19,7 @@ from pathlib import Path
 import psutil
 import requests
 
-from helpers import WorkbookError, checkpoint, client, server_log, workspace
+from helpers import WorkbookError, address, checkpoint, client, server_log, workspace
 from helpers.checkpoint import Checkpoint
 from helpers.endpoint import Endpoint, checked_name
 from helpers.progress import Progress
@@ -45,6 +43,7 @@ ENVIRONMENT = {
 }
 
 # vLLM's own check of the key covers /v1 and a few more: this one covers every route but /health.
+# The last one named stands outside all others.
 GUARD = ["--middleware", "helpers.serve_side.guard.KeyGuard"]
 
 
@@ -96,7 +95,8 @@ class VllmServer(Endpoint):
 
     `model` is a verified checkpoint; `flags` go to vLLM as they are; `name` is
     the name it serves the model under, by default the directory's; `env` is added to vLLM's
-    environment; `port` is taken if given, else a free one.
+    environment; `port` is taken if given, else a free one; `key` is asked for, by default a random
+    one; it listens at `host`, by default for this machine alone.
 
     Once started: `url`, `api_key`, `model_name`, `log_path`, `kernel` (the linear kernel that vLLM
     chose, "unquantized" for a bf16 model) and `startup_seconds`. Every route but /health asks for
@@ -105,12 +105,14 @@ class VllmServer(Endpoint):
     """
 
     def __init__(self, model: Checkpoint, flags: list[str] = (), name: str | None = None,
-                 env: dict[str, str] | None = None, port: int | None = None):
+                 env: dict[str, str] | None = None, port: int | None = None,
+                 key: str | None = None, host: str = address.LOOPBACK):
         self.checkpoint = model
         self.model = model.path.resolve()
         self.flags = list(flags)
         self.model_name = checked_name(name or self.model.name)
-        self.api_key = secrets.token_urlsafe(24)
+        self.api_key = key or secrets.token_urlsafe(24)
+        self.host = host
         self.kernel = ""
         self.startup_seconds = 0.0
         self.url = ""
@@ -134,8 +136,9 @@ class VllmServer(Endpoint):
     def _begin(self, taken: Iterable[int]) -> None:
         """Start the processes, and wait for nothing; `taken`: ports that are not free any more."""
         self.checkpoint.require_unchanged()  # now, not after half a minute of vLLM's start
-        port = _free_port(taken) if self._port is None else _checked_port(self._port)
-        self.url = f"http://127.0.0.1:{port}"
+        port = (address.free_port(taken) if self._port is None
+                else address.checked_port(self._port, self.host))
+        self.url = f"http://{address.reached_by(self.host)}:{port}"
         self.log_path = server_log.create(self.model_name, port)
         self._began, self.startup_seconds = time.monotonic(), 0.0
         self._supervisor = self._start_supervisor(port)
@@ -180,8 +183,8 @@ class VllmServer(Endpoint):
         """The command line that starts vLLM; the key is in its environment, VLLM_API_KEY."""
         return [str(serve_python()), "-m", "vllm.entrypoints.openai.api_server",
                 "--model", str(self.model), "--served-model-name", self.model_name,
-                "--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log",
-                *GUARD, *self.flags]
+                "--host", self.host, "--port", str(port), "--disable-uvicorn-access-log",
+                *self.flags, *GUARD]
 
     def _start_supervisor(self, port: int) -> subprocess.Popen:
         env = {**environment(), **self._env, "VLLM_API_KEY": self.api_key}
@@ -239,6 +242,20 @@ class VllmServer(Endpoint):
         return WorkbookError(
             "vLLM did not answer.", f"The connection broke: {broken}.",
             f"Read its log, {self.log_path}, and start the server again.")
+
+    def since(self) -> str:
+        return f"ready after {self.startup_seconds:.0f} s"
+
+    def why_away(self) -> str:
+        return server_log.explain(self.log())[0]
+
+    def how_back(self) -> str:
+        return f"Start the server again (its log is {self.log_path}) and run this cell again"
+
+    def require_alive(self) -> None:
+        """Raise `WorkbookError` when it has ended by itself."""
+        if self._supervisor.poll() is not None:
+            raise self._died("while serving")
 
     def _is_dying(self) -> bool:
         """Whether vLLM ends within a few seconds, as it does when its engine has died."""
@@ -323,30 +340,3 @@ def threads(model: Checkpoint) -> int:
         return 1
     allowed = len(os.sched_getaffinity(0))
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
-
-
-def _free_port(taken: Iterable[int]) -> int:
-    """A port that nobody has, and that is not `taken` by a server which does not listen yet."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        if port not in taken:
-            return port
-
-
-def _checked_port(port: int) -> int:
-    if not 1 <= port <= 65535:
-        raise WorkbookError(f"There is no port {port}.", "Ports are numbered from 1 to 65535.",
-                            "Leave `port` out and a free one is taken.")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as refused:
-            what = "is taken" if refused.errno == errno.EADDRINUSE else "cannot be used"
-            raise WorkbookError(
-                f"Port {port} {what}.", f"The system says: {refused.strerror}.",
-                "Leave `port` out and a free one is taken, or stop the program that uses it.",
-            ) from None
-    return port
