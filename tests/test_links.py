@@ -117,7 +117,7 @@ def test_what_is_quoted_of_the_readme_stands_there(path):
 def test_the_notebook_that_a_verdict_waits_for_records_its_figure():
     waiting = verdicts.of_this_machine(models.tiny(), [])["measured"]
     for number in {NAMED.findall(said)[0] for said in waiting}:
-        assert re.search(r"\w\.record\(", by_number(number).read_text()), number
+        assert re.search(r"\w\.record(_served)?\(", by_number(number).read_text()), number
 
 
 def test_each_task_is_asked_by_the_notebook_that_it_names():
