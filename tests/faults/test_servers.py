@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -365,3 +366,21 @@ def test_a_broken_config(tmp_path, tmp_workspace, tiny_base, happened):
         serving.VllmServer(checkpoint.verified(model), flags()).start()
     assert "no-such-act" in said.value.meaning
     happened(f"{said.value.what} {said.value.meaning}")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("logprobs are asked for, and there is no C++ compiler")
+def test_no_compiler(tmp_path, tmp_workspace, tiny_base, happened):
+    if hardware.serving_mode(hardware.detect()).device != "cpu":
+        pytest.skip("on a GPU a compiler is asked for at set-up")
+    (tmp_path / "bin").mkdir()
+    for tool in ("lscpu", "uname", "sh"):  # vLLM asks the first for the cores
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    env = {"PATH": str(tmp_path / "bin"), "CXX": "g++", "CC": "gcc",
+           "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    with serving.VllmServer(tiny_base, flags(), env=env) as server:
+        answer = server.post("/v1/completions", {"prompt": "Question:", "max_tokens": 4,
+                                                 "temperature": 0, "logprobs": 2})
+    assert len(answer["choices"][0]["logprobs"]["token_logprobs"]) == 4
+    assert not list((tmp_path / "compiled").rglob("*.so"))
+    happened("they are answered, and nothing is compiled")
