@@ -16,6 +16,7 @@ from helpers import (
     hub,
     ledger,
     models,
+    phi4_slice,
     quantize,
     servers,
     serving,
@@ -118,7 +119,9 @@ class Course:
             ("03 inspect", "nothing", "one tensor at a time"),
             ("05 serve", "a log", f"{fp8} {where} and the KV cache"),
             ("06 gsm8k", "a few MB of answers", served),
-            ("07 throughput", "a log", served),
+            ("07 throughput", f"{size(phi4_slice.disk(self.mode))}, for the time it runs",
+             f"{served}; before it a slice of Phi-4, up to "
+             f"{size(phi4_slice.memory(phi4_slice.largest(self.mode), self.mode))} {where}"),
         ]
         return pd.DataFrame(rows, columns=["notebook", "writes to disk", "weights in memory"])
 

@@ -130,11 +130,10 @@ def choose(machine: Machine, mode: ServingMode, free: int | None = None) -> Slic
     ram = hardware.available_ram()
     if free is None:
         free = models.memory(machine) if mode.device == "cuda" else ram
-    whole = roofline.load_config(workspace.data("phi4"))
     for together in (True, False):
         for layers in range(LAYERS[mode.device], 0, -1):
-            found = Slice(sliced(whole, layers), together, "")
-            served, making = _memory(found, mode)
+            found = Slice(sliced(_phi4(), layers), together, "")
+            served, making = memory(found, mode), _making(found)
             if served <= free and making <= (ram if mode.device == "cuda" else free):
                 return replace(found, why=_why(found, served, free, mode))
     raise WorkbookError(
@@ -156,18 +155,38 @@ def sliced(whole: dict, layers: int) -> dict:
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-def _memory(found: Slice, mode: ServingMode) -> tuple[int, int]:
-    """Bytes that serving takes, and those of RAM that making takes."""
-    each = [found.served_bytes(arm.format, mode.device) for arm in arms(mode).values()]
-    weights = checkpoint.total_bytes(found.tensors("bf16"))
-    return ((sum(each) if found.together else max(each)) + BESIDE[mode.device],
-            int(weights * quantize.ONESHOT_MEMORY) + MAKING)
+def largest(mode: ServingMode) -> Slice:
+    """The slice of a machine with memory enough."""
+    return Slice(sliced(_phi4(), LAYERS[mode.device]), True, "")
+
+
+def disk(mode: ServingMode) -> int:
+    """Bytes of disk that the largest slice takes while it is measured, in all formats."""
+    part = largest(mode)
+    return sum(checkpoint.total_bytes(part.tensors(format))
+               for format in {arm.format for arm in arms(mode).values()})
+
+
+def memory(part: Slice, mode: ServingMode) -> int:
+    """Bytes that serving it takes, and what runs beside."""
+    each = [part.served_bytes(arm.format, mode.device) for arm in arms(mode).values()]
+    return (sum(each) if part.together else max(each)) + BESIDE[mode.device]
+
+
+def _making(part: Slice) -> int:
+    """Bytes of RAM that making it takes."""
+    weights = checkpoint.total_bytes(part.tensors("bf16"))
+    return int(weights * quantize.ONESHOT_MEMORY) + MAKING
+
+
+def _phi4() -> dict:
+    return roofline.load_config(workspace.data("phi4"))
 
 
 def _why(found: Slice, needed: int, free: int, mode: ServingMode) -> str:
-    whole, count = roofline.load_config(workspace.data("phi4")), len(arms(mode))
+    count = len(arms(mode))
     servers = f"all {count} servers at once" if found.together else "one server at a time"
-    said = (f"{found.layers} of Phi-4's {whole['num_hidden_layers']} layers, "
+    said = (f"{found.layers} of Phi-4's {_phi4()['num_hidden_layers']} layers, "
             f"{checkpoint.total_bytes(found.tensors('bf16')) / 1e9:.1f} GB in bf16, {servers}: "
             f"{needed / 1e9:.1f} GB of the {free / 1e9:.1f} GB of memory that are free")
     if found.layers < LAYERS[mode.device] or not found.together:

@@ -163,6 +163,7 @@ def test_the_plan_names_every_step_with_disk_and_memory(monkeypatch):
     monkeypatch.setenv(models.VARIABLE, "tiny-phi4")
     plan = course.open_course().plan()
     assert list(plan["notebook"].str[:2]) == ["01", "02", "03", "05", "06", "07"]
+    assert plan.loc[5, "writes to disk"].startswith("3.0 GB")  # 1.5 in bf16, twice half of it
     assert plan.loc[1, "writes to disk"].endswith("MB")
 
 
@@ -189,7 +190,8 @@ def test_the_plan_of_phi4_is_what_each_machine_will_do(
     assert memory["02 quantize"] == quantizing.replace("STREAMED", streamed)
     assert streaming.memory() < 6 * GB
     assert memory["01 load"] == loading and memory["05 serve"].startswith("15.7 GB GPU memory")
-    assert memory["06 gsm8k"] == memory["07 throughput"] == f"{serving} and the KV cache"
+    assert memory["06 gsm8k"] == f"{serving} and the KV cache"
+    assert memory["07 throughput"].startswith(f"{serving} and the KV cache; before it a slice")
     assert (plan["writes to disk"]["01 load"], plan["writes to disk"]["02 quantize"]) == (
         "29.3 GB", "15.7 GB")
 

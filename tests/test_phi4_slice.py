@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import REPO
 
 from helpers import (
     WorkbookError,
@@ -119,6 +120,26 @@ def test_a_cpu_without_the_instructions_is_given_the_reason():
     assert "VNNI" not in said(*full - {"avx512_bf16"})
     gpu = machine(gpu_memory=GB)
     assert phi4_slice.caveat(gpu, hardware.serving_mode(gpu)) == ""
+
+
+@pytest.mark.parametrize("memory", [24, 80])
+def test_the_servers_of_a_gpu_share_it_and_each_has_room_for_its_weights(memory, monkeypatch):
+    monkeypatch.setattr(hardware, "available_ram", lambda: 64 * GB)
+    where = machine(gpu_memory=memory * GB, capability=(9, 0))
+    mode = hardware.serving_mode(where)
+    part = phi4_slice.choose(where, mode)
+    copies = {"bf16": SimpleNamespace(path=REPO), "fp8": SimpleNamespace(path=REPO)}
+    shares = {}
+    for name, server in slice_speed.servers(part, copies, where, mode).items():
+        flags = dict(zip(server.flags, server.flags[1:], strict=False))
+        shares[name] = float(flags["--gpu-memory-utilization"])
+        weights = checkpoint.total_bytes(part.tensors(phi4_slice.arms(mode)[name].format))
+        assert shares[name] * memory * GB > weights + int(flags["--kv-cache-memory-bytes"])
+        assert ("--linear-backend" in flags) == (name == "FP8 W8A16")
+        # one request of the full length has to fit the cache
+        assert int(flags["--kv-cache-memory-bytes"]) >= int(flags["--max-model-len"]) * (
+            roofline.kv_bytes_per_token(part.config))
+    assert len(shares) == 3 and sum(shares.values()) < 1
 
 
 # What is made
