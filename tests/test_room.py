@@ -11,7 +11,8 @@ from conftest import REPO
 
 from helpers import WorkbookError, ledger, models, room, slice_speed
 
-MEASURED = REPO / "data" / "measured" / "cpu-tiny-phi4.jsonl"
+# A run of the notebooks on a CPU, kept as it was: the tests state its figures.
+MEASURED = REPO / "tests" / "room_ledger.jsonl"
 MODEL = models.model_info(models.PHI4)
 HOSTILE = ["<script>alert('evil')</script>", "<img src=x onerror=alert('evil')>",
            "</td></tr></table><iframe src='https://evil.example'>", "{{ 7 * 7 }}{% raw %}",
