@@ -82,7 +82,7 @@ test-faults: setup  ## provoke every known fault, and show how each is met
 test-gpu: setup  ## what only a GPU can show; each says why where it cannot run
 	@.venv/bin/python -m pytest -rs tests/gpu
 
-bench-cpu: setup  ## FP8 on this CPU beside bf16 and others, on three models (16 minutes)
+bench-cpu: setup  ## FP8 on this CPU beside bf16 and others, on three models (7 minutes)
 	@PYTHONPATH=. .venv/bin/python scripts/bench_cpu.py
 
 measure-formats: setup  ## what formats and schemes cost two models, and short sums (an hour)
