@@ -18,7 +18,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 REPO = Path(__file__).resolve().parent.parent.parent
 PLACE, SCREENSHOTS = REPO / "build" / "browser", REPO / "build" / "screenshots"
@@ -74,16 +74,6 @@ def address(server: subprocess.Popen) -> str:
                     return url
         time.sleep(0.1)
     raise AssertionError("JupyterLab did not answer within a minute")
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    # A sandbox needs rights that root in a container lacks; only our own pages are opened.
-    flags = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=os.environ["CHROMIUM"], args=flags)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -1,12 +1,11 @@
 """The book and the slides in a real Chromium, out of their folder, with no network."""
 
-import os
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 REPO = Path(__file__).resolve().parent.parent.parent
 SITE, SCREENSHOTS = REPO / "build" / "book", REPO / "build" / "screenshots"
@@ -21,20 +20,18 @@ def index():
 
 
 @pytest.fixture
-def page():
+def page(chromium):
     """A page without a network that fails the test when it asks for more than files, or errs."""
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    wrong, flags = [], ["--no-sandbox"] if os.geteuid() == 0 else []  # as in test_lab
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=os.environ["CHROMIUM"], args=flags)
-        context = browser.new_context(offline=True, viewport={"width": 1400, "height": 1000})
-        page = context.new_page()
-        page.on("request", lambda asked: None if asked.url.startswith(("file:", "data:"))
-                else wrong.append(asked.url))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
-        yield page
-        browser.close()
+    wrong = []
+    context = chromium.new_context(offline=True, viewport={"width": 1400, "height": 1000})
+    page = context.new_page()
+    page.on("request", lambda asked: None if asked.url.startswith(("file:", "data:"))
+            else wrong.append(asked.url))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
+    yield page
+    context.close()
     assert wrong == []
 
 
