@@ -12,34 +12,66 @@ export VLLM_NO_USAGE_STATS = 1
 export HOME := $(shell if [ -d "$$HOME" ] && [ -w "$$HOME" ]; then echo "$$HOME"; \
 	else echo "$(CURDIR)/workspace/home"; fi)
 
+HAVE_PYTHON = command -v $(PYTHON) >/dev/null || { echo "No Python was found. Install Python 3.11 or \
+	newer (on Debian or Ubuntu: apt install python3 python3-venv) and run the same command again." \
+	>&2; exit 1; }
+
 .DEFAULT_GOAL := help
-.PHONY: help setup preflight run lab test test-faults test-smollm2 test-browser test-gpu test-isa lint \
-	notebooks full-size bench-cpu lock clean
+.PHONY: help doctor setup preflight run lab book hand-in serve slides editions kit room test \
+	test-faults test-smollm2 test-browser test-gpu test-isa lint notebooks full-size bench-cpu \
+	measure-formats lock clean
 
 # A line "## group" heads the targets below it, and "target: ... ## words" describes one.
 help:
 	@sed -nE 's/^## (.*)/\n\1/p; s/^([a-z0-9-]+):.*## (.*)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) \
-		| expand -t 16
+		| expand -t 18
 
 ## For a reader
 
+doctor:  ## what this machine will be able to run, before anything is installed
+	@$(HAVE_PYTHON)
+	@$(PYTHON) scripts/doctor.py
+
 setup:  ## make the two environments, if they are not there
-	@command -v $(PYTHON) >/dev/null || { echo "No Python was found. Install Python 3.11 or newer \
-	(on Debian or Ubuntu: apt install python3 python3-venv) and run the same command again." >&2; \
-	exit 1; }
+	@$(HAVE_PYTHON)
 	@$(PYTHON) scripts/setup.py
 
 preflight: setup  ## what this machine is, and how it serves FP8
 	@.venv/bin/python -m helpers.preflight
 
-lab: setup  ## open the notebooks in JupyterLab
-	@.venv/bin/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks \
+lab: setup  ## open the notebooks in JupyterLab; EDITION=student opens build/student
+	@.venv/bin/jupyter lab --ip=127.0.0.1 --notebook-dir=$(if $(EDITION),build/$(EDITION),notebooks) \
 		$(if $(filter 0,$(shell id -u)),--allow-root)
 
-run: setup  ## run every notebook in order; ONLY=05 runs one
+run: setup  ## run every notebook in order; ONLY=06 or ONLY=a1 runs one
 	@.venv/bin/python scripts/run_notebooks.py run $(ONLY)
 
+book: setup  ## the executed notebooks as pages with navigation and search, in build/book/
+	@.venv/bin/python scripts/book.py
+
+hand-in: setup  ## your results in one file for the instructor; ALIAS=name, if you like
+	@PYTHONPATH=. .venv/bin/python scripts/room.py hand-in "$(ALIAS)"
+
 ## For an instructor
+
+# Another address than this machine's own is taken from the command line, from no environment.
+serve: setup  ## servers for a room until Ctrl-C: ARMS=bf16,fp8 PORT=8001 LISTEN=127.0.0.1
+	@PYTHONPATH=. .venv/bin/python scripts/serve.py "$(or $(ARMS),bf16,fp8)" \
+		"$(or $(if $(findstring command,$(origin LISTEN)),$(LISTEN)),127.0.0.1)" \
+		"$(or $(if $(findstring command,$(origin PORT)),$(PORT)),8001)"
+
+slides: setup  ## workshop/slides.ipynb as one HTML file, build/slides.html
+	@.venv/bin/python scripts/slides.py
+
+editions: setup  ## build/student without solutions; build/solutions, solved and run; ONLY=06
+	@.venv/bin/python scripts/editions.py $(ONLY)
+
+kit:  ## build/kit: sets up with no network; PYTHONS="3.11 3.12" names the versions
+	@$(HAVE_PYTHON)
+	@$(PYTHON) scripts/kit.py $(PYTHONS)
+
+room: setup  ## one page of what a room handed in: LEDGERS=folder
+	@PYTHONPATH=. .venv/bin/python scripts/room.py page "$(LEDGERS)"
 
 test: setup  ## check a machine before a course: every test, and every notebook
 	@.venv/bin/python scripts/run_tests.py
@@ -50,8 +82,12 @@ test-faults: setup  ## provoke every known fault, and show how each is met
 test-gpu: setup  ## what only a GPU can show; each says why where it cannot run
 	@.venv/bin/python -m pytest -rs tests/gpu
 
-bench-cpu: setup  ## FP8 on this CPU beside bf16 and others, on three models (16 minutes)
+bench-cpu: setup  ## FP8 on this CPU beside bf16 and others, on three models (7 minutes)
 	@PYTHONPATH=. .venv/bin/python scripts/bench_cpu.py
+
+measure-formats: setup  ## what formats and schemes cost two models, and short sums (an hour)
+	@PYTHONPATH=. .venv/bin/python scripts/measure_formats.py
+	@PYTHONPATH=. .venv/bin/python scripts/measure_accumulation.py
 
 full-size: setup  ## quantize a random checkpoint of Phi-4's size (45 GB of disk), and time it
 	@PYTHONPATH=. .venv/bin/python scripts/full_size.py
@@ -62,10 +98,10 @@ notebooks: export CUDA_VISIBLE_DEVICES =
 notebooks: setup  ## run the notebooks on the CPU and write them back with their outputs
 	@.venv/bin/python scripts/run_notebooks.py refresh
 
-test-smollm2: setup  ## notebooks 01 to 04 on SmolLM2-135M, out of a Python package of 93 MB
+test-smollm2: setup  ## notebooks 01 to 05 on SmolLM2-135M, out of a Python package of 93 MB
 	@.venv/bin/python scripts/run_tests.py smollm2
 
-test-browser: setup  ## notebooks 00 and 03 in JupyterLab and Chromium; screenshots in build/
+test-browser: setup  ## all notebooks in JupyterLab, controls of 00 and 03 turned; screenshots
 	@.venv/bin/python scripts/browser.py
 
 test-isa: setup  ## the CPU kernels' tests and a served answer, as each kind of CPU

@@ -4,6 +4,8 @@ All of them run in the notebook's environment, .venv, but for `helpers.serve_sid
 vLLM's, .venv-serve, or wraps a process of it.
 """
 
+from __future__ import annotations  # make doctor imports this on an old Python
+
 __version__ = "0.1.0"
 
 

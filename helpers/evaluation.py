@@ -22,8 +22,8 @@ from pathlib import Path
 from unittest import mock
 
 from helpers import WorkbookError, gsm8k, lm_client, stats, workspace
+from helpers.endpoint import Endpoint
 from helpers.models import Profile
-from helpers.serving import VllmServer
 
 FILTERS = ("strict-match", "flexible-extract")
 
@@ -46,7 +46,7 @@ class Evaluation:
     table: str
 
 
-def lm_eval_arguments(server: VllmServer, profile: Profile, arm: str, limit: int | None = 100, *,
+def lm_eval_arguments(server: Endpoint, profile: Profile, arm: str, limit: int | None = 100, *,
                       num_fewshot: int = 5, concurrency: int = 8, max_new_tokens: int = 256,
                       bos: bool = False, chat: bool = False) -> dict:
     """Keyword arguments for `lm_eval.simple_evaluate` against a running server.
@@ -76,7 +76,7 @@ def lm_eval_arguments(server: VllmServer, profile: Profile, arm: str, limit: int
     return arguments | {"use_cache": str(_cache(server, arguments))}
 
 
-def _cache(server: VllmServer, arguments: dict) -> Path:
+def _cache(server: Endpoint, arguments: dict) -> Path:
     """Where the answers of an unfinished evaluation are kept, by what they depend on.
 
     Neither the number of rows nor of concurrent requests is part of it: what was answered in an
@@ -257,7 +257,7 @@ def _items(samples: list[dict]) -> list[dict]:
     return [items[doc_id] for doc_id in sorted(items)]
 
 
-def run(server: VllmServer, profile: Profile, arm: str, limit: int | None = 100,
+def run(server: Endpoint, profile: Profile, arm: str, limit: int | None = 100,
         **protocol) -> Evaluation:
     """Evaluate in one call: the notebook's three steps. `protocol` as `lm_eval_arguments`."""
     import lm_eval

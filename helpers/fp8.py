@@ -9,8 +9,10 @@ How FP8 quantization of a weight works:
    number that is stored and multiplied back.
 3. Divide the channel by its scale and encode each quotient as the nearest of E4M3's 253 numbers.
    What rounds beyond 448 saturates: a NaN in its place would spoil the whole product.
-4. The weight is read back as code times scale. Each weight is off by at most half a step of the
-   grid, 1/17 of its size, until it is so small beside its amax that its code turns subnormal.
+4. The weight is read back as code times scale. Half a step of the grid is at most 1/17 of a number.
+   LLM Compressor rounds the quotient to the weight's type first: with bf16 a weight is off by up to
+   17/16 of half a step, 6.2 % of its size, until it is so small beside its amax that its code turns
+   subnormal.
 
 Integer and ordinary float arithmetic suffice; the tests hold both ways to torch's own cast, and
 the codes and scales to LLM Compressor's, bit for bit. The formats: Micikevicius et al. 2022,

@@ -245,8 +245,8 @@ def serving_mode(machine: Machine) -> ServingMode:
         matrix = ", ".join(sorted(machine.cpu_features & cpu.BF16_FEATURES))
         return ServingMode(
             "cpu-w8a16", "cpu", "W8A16 on the CPU",
-            f"no GPU, and this CPU multiplies bf16 ({matrix}), so the workbook's vLLM "
-            "plugin reads 8-bit weights, unpacks them to bf16 and leaves activations in 16 bits")
+            "8-bit weights, unpacked to 16 bits by the workbook's plugin for vLLM, and activations "
+            f"in 16 bits, because there is no GPU, and this CPU multiplies bf16 ({matrix})")
     return ServingMode(
         "cpu-unpacked", "cpu", "W8A16 on the CPU, unpacked",
         f"no GPU, and {lacks}: the workbook's vLLM plugin unpacks "

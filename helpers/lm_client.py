@@ -2,7 +2,7 @@
 
 lm-eval makes the prompts, reads the answers and scores them. Only the sending is ours. lm-eval's
 own client takes the key from the environment, sends single requests through whatever proxy is set
-there, and sends several at once from an event loop, of which a notebook's kernel allows no second
+there, and sends several at once from an event loop, of which a notebook's process allows no second
 one. Here a few threads send them with `helpers.client`.
 """
 
@@ -14,14 +14,14 @@ import requests
 import tenacity
 from requests import RequestException
 
-from helpers import WorkbookError, client, server_log
+from helpers import WorkbookError, client
+from helpers.endpoint import Endpoint
 from helpers.progress import Progress
-from helpers.serving import VllmServer
 
 MAX_LENGTH = 2048  # tokens of prompt and answer together; lm-eval's default
 
 
-def model(server: VllmServer, label: str, concurrency: int, max_new_tokens: int, bos: bool):
+def model(server: Endpoint, label: str, concurrency: int, max_new_tokens: int, bos: bool):
     """A `lm_eval.api.model.LM` for `simple_evaluate(model=...)` that asks a running server.
 
     `label` is what the line of progress and the errors call it; `concurrency` requests are under
@@ -50,10 +50,11 @@ def model(server: VllmServer, label: str, concurrency: int, max_new_tokens: int,
 class _OurRequests:
     """What differs from lm-eval's `LocalCompletionsAPI`: how requests are sent."""
 
-    def __init__(self, server: VllmServer, label: str, arguments: dict):
+    def __init__(self, server: Endpoint, label: str, arguments: dict):
         super().__init__(**arguments)
         self.arguments = arguments  # as they are shown to the reader
         self._server, self._label, self._chat = server, label, False
+        self._away = False  # whether the last request found no server
 
     def get_model_info(self) -> dict:
         """lm-eval adds this to the "config" of its results."""
@@ -78,8 +79,9 @@ class _OurRequests:
                 done, waiting = futures.wait(waiting, 0.5, futures.FIRST_EXCEPTION)
                 for job in done:
                     job.result()  # raises what was raised in the thread
-                progress.show("asking", _so_far(_answered(jobs), len(jobs),
-                                                time.monotonic() - began))
+                doing = "waiting for the server" if self._away else "asking"
+                progress.show(doing, _so_far(_answered(jobs), len(jobs),
+                                             time.monotonic() - began))
         except BaseException as error:
             progress.close(f"{self._label}: stopped after {_answered(jobs)} of {len(jobs)} answers")
             if isinstance(error, RequestException):
@@ -127,10 +129,16 @@ class _OurRequests:
         return answer
 
     def _post(self, payload: dict) -> requests.Response:
-        """The server's answer, asked for up to three times, as lm-eval's own client does."""
+        """The server's answer, asked for up to three times, as lm-eval's own client does.
+
+        A shared server may be away for longer, and is asked until its `patience` ends.
+        """
+        patience = self._server.patience
         for attempt in tenacity.Retrying(
-                stop=tenacity.stop_after_attempt(self.max_retries),
-                wait=tenacity.wait_exponential(multiplier=0.5, min=1, max=10),
+                stop=(tenacity.stop_after_delay(patience) if patience
+                      else tenacity.stop_after_attempt(self.max_retries)),
+                wait=tenacity.wait_random_exponential(multiplier=0.5, min=1, max=10),
+                before_sleep=lambda _: self._is_away(True),
                 retry=tenacity.retry_if_exception_type(RequestException), reraise=True):
             with attempt, client.session(self._server.api_key) as http:
                 answer = http.post(self.base_url, json=payload)
@@ -140,15 +148,18 @@ class _OurRequests:
                         f"It says: {client.refusal(answer)}",
                         "See that prompt and answer fit the server's --max-model-len.")
                 answer.raise_for_status()
+        self._is_away(False)
         return answer
+
+    def _is_away(self, away: bool) -> None:
+        self._away = away
 
     def _unanswered(self, error: RequestException, answered: int, asked: int) -> WorkbookError:
         return WorkbookError(
             f"The {self._label} server did not answer a request: {_reason(error)}.",
             f"{answered} of {asked} answers had arrived, and they are kept. "
-            f"{server_log.explain(self._server.log())[0]}",
-            "Start the server again and run this cell again: only the missing rows are asked for. "
-            f"The server's log is {self._server.log_path}.")
+            f"{self._server.why_away()}",
+            f"{self._server.how_back()}: only the missing rows are asked for.")
 
 
 def _answered(jobs: list[futures.Future]) -> int:

@@ -34,12 +34,17 @@ def show(figure: Figure, alt: str) -> None:
     import matplotlib.pyplot as plt
     from IPython.display import display
 
+    picture = as_html(figure, alt)
+    plt.close(figure)
+    display({"text/html": picture, "text/plain": alt}, raw=True)
+
+
+def as_html(figure: Figure, alt: str) -> str:
+    """`figure` as an HTML image: a PNG in the text itself, with `alt` for screen readers."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110, bbox_inches="tight", facecolor="white")
-    plt.close(figure)
     data = base64.b64encode(png.getvalue()).decode()
-    picture = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
-    display({"text/html": picture, "text/plain": alt}, raw=True)
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
 
 def ink(colour) -> str:
@@ -129,12 +134,12 @@ def bytes_by_role(censuses: dict[str, DataFrame]) -> None:
     axis.set_yticks(range(len(censuses)), censuses)
     axis.invert_yaxis()
     axis.set_xlabel("share of the weights' bytes, %")
-    axis.set_title(f"At least {min(linear):.0f} % of the bytes are in Linear layers"
+    axis.set_title(f"Attention and MLP hold at least {min(linear):.0f} % of the bytes"
                    if min(linear) >= 50 else "Where are a model's bytes?", loc="left")
     handles = [Patch(color=colours[role], label=role) for role in roles]
     axis.legend(handles=handles, ncols=len(roles), loc="upper left", bbox_to_anchor=(0, -0.3),
                 frameon=False)
-    show(figure, "Stacked bars: share of bytes by role. In the Linear layers of attention and MLP: "
+    show(figure, "Stacked bars: share of bytes by role. In attention and MLP: "
                  + ", ".join(f"{share:.0f} % of {name}'s"
                              for name, share in zip(censuses, linear, strict=True)) + ".")
 
@@ -200,26 +205,36 @@ def concurrency(rounds: DataFrame) -> None:
 
 
 def throughput_rounds(speed: DataFrame) -> None:
-    """Tokens/s of the arms, round by round; `speed`: index round, columns "bf16", "fp8", or one."""
+    """FP8's tokens/s over bf16's, round by round, with the median's interval.
+
+    `speed`: index round, columns "bf16" and "fp8"; of one arm alone its tokens/s are shown.
+    """
     from helpers import stats
 
-    figure, axis = canvas()
-    for arm in speed:
-        axis.plot(speed.index, speed[arm], "o-", color=COLOURS[arm], label=arm)
-        axis.axhline(speed[arm].median(), color=COLOURS[arm], lw=1, ls=":")
+    figure, axis = canvas(height=3.2)
     axis.set_xticks(speed.index)
-    axis.set_ylim(bottom=0)
     axis.set_xlabel("round")
-    axis.set_ylabel("tokens/s, one stream")
-    axis.legend(frameon=False, title="median dotted")
-    title = "One stream, FP8 alone"
-    words = f"Tokens per second of {_names(speed.columns)} over {len(speed)} rounds"
-    if len(speed.columns) == 2:
-        ratio = stats.ratio_by_round(speed["fp8"], speed["bf16"])
-        title = f"One stream, FP8 over bf16: {stats.brief(ratio)}"
-        words += f"; FP8 over bf16 is {stats.in_words(ratio)}"
-    axis.set_title(title, loc="left")
-    show(figure, f"{words}.")
+    if len(speed.columns) < 2:
+        (arm,) = speed
+        axis.plot(speed.index, speed[arm], "o", color=COLOURS[arm])
+        axis.set_ylabel("tokens/s, one stream")
+        axis.set_title(f"One stream, {TITLES[arm]} alone", loc="left")
+        show(figure, f"Tokens per second of {TITLES[arm]} over {len(speed)} rounds.")
+        return
+    ratio = stats.ratio_by_round(speed["fp8"], speed["bf16"])
+    axis.axhspan(ratio.low, ratio.high, color=FP8, alpha=0.15, lw=0,
+                 label="95 % interval of the median")
+    axis.axhline(ratio.value, color=FP8, lw=1, ls=":", label="median")
+    axis.plot(speed.index, speed["fp8"] / speed["bf16"], "o", color=FP8, label="one round")
+    axis.axhline(1, color=BF16, lw=1)
+    axis.annotate("as fast as bf16", (1, 1), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                  textcoords="offset points", ha="right", color=BF16)
+    axis.margins(y=0.15)
+    axis.set_ylabel("FP8's tokens/s over bf16's")
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.set_title(f"One stream, FP8 over bf16: {stats.brief(ratio)}", loc="left")
+    show(figure, f"FP8's tokens per second over bf16's in each of {len(speed)} rounds: "
+                 f"{stats.in_words(ratio)}.")
 
 
 def _names(arms) -> str:

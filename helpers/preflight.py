@@ -45,6 +45,7 @@ def preflight() -> list[Check]:
         Check(not hardware.driver_fault(machine.gpus), "GPU",
               (gpus or "none") + (f": {machine.note}" if machine.note else "")),
         _compiler(mode),
+        _library(mode),
         _versions("notebook environment", Path(sys.prefix), NOTEBOOK_PACKAGES),
         _versions("serving environment", hardware.REPO / ".venv-serve", SERVING_PACKAGES),
         Check(mode.key != "none", "mode", f"{mode.key}, {mode.title}: {mode.why}"),
@@ -68,6 +69,11 @@ def _compiler(mode: ServingMode) -> Check:
         return Check(False, "C compiler", "none, and vLLM's Triton needs one on a GPU: install one "
                                           "(on Debian or Ubuntu: apt install build-essential)")
     return Check(True, "C compiler", Path(found).name if found else "none; this mode needs none")
+
+
+def _library(mode: ServingMode) -> Check:
+    missing = "" if mode.device == "cuda" else cpu.missing_library()
+    return Check(not missing, "libnuma", missing or "there, or not needed in this mode")
 
 
 def _versions(name: str, environment: Path, packages: Sequence[str]) -> Check:

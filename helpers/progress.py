@@ -5,7 +5,7 @@ import time
 
 
 def in_notebook() -> bool:
-    """Whether this process is a notebook's kernel, and not one that has merely imported it."""
+    """Whether this process runs a notebook's cells, and has not merely imported ipykernel."""
     if "ipykernel" not in sys.modules:
         return False
     from IPython import get_ipython

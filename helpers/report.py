@@ -1,16 +1,32 @@
-"""Measured beside published: the workbook's closing table, from the ledger and `data/published`.
+"""The workbook's closing tables, from the ledger and `data/published`.
 
-`python -m helpers.report` prints it; with `--readme` it rewrites the README's results from
+First what this machine shows of FP8 (`helpers.verdicts` has the rules), then measured beside
+published. A published figure gets the verdict "agrees" or "differs" only where the work was the
+same; those that were not measured share one line, which says how many they are and how to get them.
+`python -m helpers.report` prints both; with `--readme` it rewrites the README's results from
 `data/measured`.
 """
 
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from helpers import WorkbookError, cpu_bench, hardware, ledger, ledger_row, models, stats, workspace
+from helpers import (
+    WorkbookError,
+    cpu_bench,
+    hardware,
+    ledger,
+    ledger_row,
+    models,
+    predictions,
+    slice_speed,
+    stats,
+    verdicts,
+    workspace,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +37,7 @@ PHI4 = {"microsoft/phi-4", "NyxKrage/Microsoft_Phi-4"}
 # Of a claim's work: its name, how its figure is read, and a length that no prompt of it reaches.
 NOT_COMPARED = ("filter", "version", "benchmark", "max_model_len")
 SCALE = {"percent right": 0.01}
+NOT_HERE = "not measured here"
 
 
 def measured_beside_published(rows: list[dict] | None = None,
@@ -49,6 +66,61 @@ def measured_beside_published(rows: list[dict] | None = None,
             "verdict": _verdict(row, claim),
         })
     return pd.DataFrame(table)
+
+
+def compared(table: "pd.DataFrame") -> "pd.DataFrame":
+    """The rows of `measured_beside_published` that have a verdict, the same work on both sides."""
+    return table[table["verdict"] != NOT_HERE].reset_index(drop=True)
+
+
+def predicted_beside_measured(profile: str, rows: list[dict] | None = None) -> "pd.DataFrame":
+    """What the reader expected in notebooks 06 and 07, and what was then measured.
+
+    `rows`: ledger rows, the workspace's ledger by default; newest first counts. A DataFrame of
+    strings with columns question, predicted, measured; what is lacking names its notebook.
+    """
+    import pandas as pd
+
+    rows = (ledger.read() if rows is None else rows)[::-1]
+    flips = [row for row in rows if (row["experiment"], row["arm"]) == ("gsm8k", "fp8")
+             and row["model"]["profile"] == profile
+             and ledger_row.holds(row, (), ("lost", "gained")) and row["work"].get("limit") == 100]
+    expected = predictions.number("flips")
+    found = [("of 100 questions, those that one arm alone has right",
+              f"{expected:g}" if expected is not None else "not predicted: notebook 06",
+              f"{sum(flips[0]['metrics'][name] for name in ('lost', 'gained'))}" if flips
+              else "not measured yet: notebook 06")]
+    ratios = slice_speed.predicted()
+    for work in slice_speed.WORK:
+        asked = {name: value for name, value in work.in_ledger().items() if name != "rounds"}
+        speeds = [row["metrics"] for row in rows
+                  if (row["experiment"], row["arm"]) == ("slice", "fp8")
+                  and row["work"].get("numerics") == "w8a16"
+                  and ledger_row.holds(row, (), verdicts.RATIO)
+                  and asked.items() <= row["work"].items()]
+        found.append((
+            f"FP8 in W8A16 over bf16 at Phi-4's shapes: {work.title}",
+            f"{ratios[work.title]:g}x" if work.title in ratios else "not predicted: notebook 07",
+            "{:.2f}x ({:.2f} to {:.2f})".format(*(speeds[0][name] for name in verdicts.RATIO))
+            if speeds else "not measured yet: notebook 07"))
+    return pd.DataFrame(found, columns=["question", "predicted", "measured"])
+
+
+def left_over(table: "pd.DataFrame") -> str:
+    """One sentence of the published figures that were not measured: how many, and how to get them.
+
+    "" where all of `measured_beside_published` have a verdict.
+    """
+    left = table.loc[table["verdict"] == NOT_HERE, "published claim"]
+    if left.empty:
+        return ""
+    speeds = int(left.str.contains("per second").sum())
+    scores = len(left) - speeds
+    many = "all" if len(left) == len(table) else f"{len(left)} of the"
+    return (f"Not measured here: {many} {len(table)} published figures ({scores} gsm8k scores, "
+            f"{speeds} speeds). They are of Phi-4 itself: run notebooks 06 and 07 on a GPU that "
+            "holds it, with `whole = True` in 06 for all 1,319 questions, and on an A40 for "
+            "the speeds.")
 
 
 def _latest(rows: list[dict], claim: dict, profile: str | None) -> dict | None:
@@ -110,7 +182,7 @@ def _measured(row: dict, claim: dict) -> str:
 
 def _verdict(row: dict | None, claim: dict) -> str:
     if row is None or not _same_work(row, claim):
-        return "not measured here"
+        return NOT_HERE
     _, low, high = _metric(row, claim)
     inside = low <= claim["value"] * SCALE.get(claim["unit"], 1) <= high
     return "agrees" if inside else "differs"
@@ -129,19 +201,30 @@ def readme_results() -> str:
     return "\n\n".join(
         f"On {title}, from " + " and ".join(
             f"[`{file.name}`](data/measured/{file.name})" for file in files) + ":\n\n"
-        + measured_beside_published(ledger.merge(files)).map(ledger_row.as_markdown).to_markdown(
-            index=False)
-        for title, files in machines.items())
+        + _as_markdown(ledger.merge(files)) for title, files in machines.items())
+
+
+def _as_markdown(rows: list[dict]) -> str:
+    """Both closing tables of one machine's rows, verdicts for each profile that is known."""
+    names = {row["model"]["profile"] for row in rows}
+    known = (models.PHI4, models.PHI4_MINI, models.SMOLLM2, models.tiny())
+    beside = measured_beside_published(rows)
+    tables = {f"Of {each.title}:": verdicts.of_this_machine(each, rows)
+              for each in known if each.name in names}
+    if len(same := compared(beside)):
+        tables["Of what was published:"] = same
+    parts = [f"{title}\n\n{table.map(ledger_row.as_markdown).to_markdown(index=False)}"
+             for title, table in tables.items()]
+    return "\n\n".join([*parts, left_over(beside)]).strip()
 
 
 def readme_bench() -> str:
-    """The README's figures of FP8 on a CPU as Markdown, from what was recorded on one machine."""
-    rows = ledger.read(cpu_bench.RECORDED)
-    last, name = rows[-1], cpu_bench.RECORDED.name
-    machine, day = last["hardware"], last["time"][:10]
-    return (f"On {machine['cpu']}, {machine['cores']} cores ({day}, "
-            f"vLLM {last['versions']['vllm']}), medians of {last['work']['rounds']} rounds from "
-            f"[`{name}`](data/measured/{name}):\n\n"
+    """The README's figures of FP8 on CPUs as Markdown, from the runs that were recorded."""
+    rows, name = ledger.read(cpu_bench.RECORDED), cpu_bench.RECORDED.name
+    runs = {ledger_row.device(row): row["time"][:10] for row in rows}
+    return ("On " + " and on ".join(f"{machine} ({day})" for machine, day in runs.items())
+            + f", vLLM {rows[-1]['versions']['vllm']}, medians of {rows[-1]['work']['rounds']} "
+            f"rounds from [`{name}`](data/measured/{name}):\n\n"
             + cpu_bench.table(cpu_bench.records(rows)).to_markdown(index=False))
 
 
@@ -162,16 +245,27 @@ def main(arguments: list[str]) -> int:
         if arguments == ["--readme"]:
             write_readme()
             return 0
-        chosen = models.choose(hardware.detect()).name
-        table = measured_beside_published(profile=chosen)
+        profile = models.choose(hardware.detect())
+        here = verdicts.of_this_machine(profile)
+        beside = measured_beside_published(profile=profile.name)
     except WorkbookError as error:
         print(error, file=sys.stderr)
         return 1
-    print(tabulate(table, headers="keys", showindex=False, tablefmt="simple_grid",
-                   maxcolwidths=[24, 9, 26, 22, 9]))
-    print("agrees, differs: the same model, task, rows and hardware as published. not measured "
-          "here:\nother work, which proves nothing about the published figure, either way.")
+    print(f"FP8 on this machine, of {profile.title}:")
+    print(_grid(here, [23, 23, 25, 16]))
+    if len(same := compared(beside)):
+        print(_grid(same, [24, 9, 26, 22, 9]))
+        print("agrees, differs: the same model, task, rows and hardware as published.")
+    print(textwrap.fill(left_over(beside), 100))
     return 0
+
+
+def _grid(table: "pd.DataFrame", widths: list[int]) -> str:
+    """A table of texts for a terminal, each column wrapped at its width."""
+    columns = zip(table.columns, widths, strict=True)
+    wrapped = {name: [textwrap.fill(text, width) for text in table[name]]
+               for name, width in columns}
+    return tabulate(wrapped, headers="keys", tablefmt="simple_grid", disable_numparse=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ than a small one.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from helpers import WorkbookError, checkpoint
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 SLICE = 2**19  # weights worked on at once: 2 MB in float32 stay in the processor's cache
 TINY = 1e-12  # what the error of a channel of zeros, which is 0, is divided by
 MAP_ROWS = 64  # a cell of the SQNR map is taken from so many output channels
+RUN_ORDER = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj",
+             "gate_up_proj", "gate_proj", "up_proj", "down_proj")  # of a decoder layer's modules
 
 
 def modules(fp8: Checkpoint) -> list[tuple[int, str, str]]:
@@ -130,7 +132,10 @@ def relative_error(base: Checkpoint, fp8: Checkpoint, module: str) -> Tensor:
 
 
 def spread_map(fp8: Checkpoint) -> DataFrame:
-    """Largest over smallest channel scale: a DataFrame, index layer, columns module."""
+    """Largest over smallest channel scale: a DataFrame, index layer, columns module.
+
+    Modules stand in the order in which a layer runs them.
+    """
     def spread(module):
         values = of(fp8, module)
         return float(values.max() / values.min())
@@ -139,7 +144,7 @@ def spread_map(fp8: Checkpoint) -> DataFrame:
 
 
 def sqnr_map(base: Checkpoint, fp8: Checkpoint) -> DataFrame:
-    """SQNR in dB of the first `MAP_ROWS` channels: a DataFrame, index layer, columns module."""
+    """SQNR in dB of the first `MAP_ROWS` channels: a DataFrame, laid out as `spread_map`'s."""
     import torch
 
     def sqnr(module):
@@ -155,7 +160,14 @@ def _map(fp8: Checkpoint, value: Callable[[str], float]) -> DataFrame:
     table = {}
     for layer, short, module in modules(fp8):
         table.setdefault(short, {})[layer] = value(module)
-    return pd.DataFrame(table).rename_axis(index="layer", columns="module")
+    return pd.DataFrame(table)[in_run_order(table)].rename_axis(index="layer", columns="module")
+
+
+def in_run_order(names: Iterable[str]) -> list[str]:
+    """Short names of modules, each once, as a layer runs them; those of other models come after."""
+    names = list(dict.fromkeys(names))
+    order = [name for name in RUN_ORDER if name in names]
+    return order + [name for name in names if name not in order]
 
 
 def largest(scale: Tensor, count: int = 5) -> str:

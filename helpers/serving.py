@@ -7,21 +7,21 @@ and itself.
 """
 
 import contextlib
-import errno
 import os
 import pwd
 import secrets
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import psutil
 import requests
 
-from helpers import WorkbookError, checkpoint, client, server_log, workspace
+from helpers import WorkbookError, address, checkpoint, client, server_log, workspace
 from helpers.checkpoint import Checkpoint
+from helpers.endpoint import Endpoint, checked_name
 from helpers.progress import Progress
 from helpers.serve_side.supervisor import GRACE
 
@@ -43,6 +43,7 @@ ENVIRONMENT = {
 }
 
 # vLLM's own check of the key covers /v1 and a few more: this one covers every route but /health.
+# The last one named stands outside all others.
 GUARD = ["--middleware", "helpers.serve_side.guard.KeyGuard"]
 
 
@@ -89,12 +90,13 @@ def default_flags(profile, mode) -> list[str]:
     return [*flags, "--gpu-memory-utilization", "0.90", *marlin]
 
 
-class VllmServer:
+class VllmServer(Endpoint):
     """A running vLLM server, as a context manager.
 
     `model` is a verified checkpoint; `flags` go to vLLM as they are; `name` is
     the name it serves the model under, by default the directory's; `env` is added to vLLM's
-    environment; `port` is taken if given, else a free one.
+    environment; `port` is taken if given, else a free one; `key` is asked for, by default a random
+    one; it listens at `host`, by default for this machine alone.
 
     Once started: `url`, `api_key`, `model_name`, `log_path`, `kernel` (the linear kernel that vLLM
     chose, "unquantized" for a bf16 model) and `startup_seconds`. Every route but /health asks for
@@ -103,12 +105,14 @@ class VllmServer:
     """
 
     def __init__(self, model: Checkpoint, flags: list[str] = (), name: str | None = None,
-                 env: dict[str, str] | None = None, port: int | None = None):
+                 env: dict[str, str] | None = None, port: int | None = None,
+                 key: str | None = None, host: str = address.LOOPBACK):
         self.checkpoint = model
         self.model = model.path.resolve()
         self.flags = list(flags)
-        self.model_name = _checked_name(name or self.model.name)
-        self.api_key = secrets.token_urlsafe(24)
+        self.model_name = checked_name(name or self.model.name)
+        self.api_key = key or secrets.token_urlsafe(24)
+        self.host = host
         self.kernel = ""
         self.startup_seconds = 0.0
         self.url = ""
@@ -126,67 +130,61 @@ class VllmServer:
 
     def start(self) -> "VllmServer":
         """Start vLLM and return when it has generated a token."""
-        if self._supervisor is not None:
-            raise WorkbookError("The server is already running.",
-                                "A second start would leave the first one without an owner.",
-                                "Call stop() first, or make a second VllmServer.")
+        start_together([self])
+        return self
+
+    def _begin(self, taken: Iterable[int]) -> None:
+        """Start the processes, and wait for nothing; `taken`: ports that are not free any more."""
         self.checkpoint.require_unchanged()  # now, not after half a minute of vLLM's start
-        port = _free_port() if self._port is None else _checked_port(self._port)
-        self.url = f"http://127.0.0.1:{port}"
+        port = (address.free_port(taken) if self._port is None
+                else address.checked_port(self._port, self.host))
+        self.url = f"http://{address.reached_by(self.host)}:{port}"
         self.log_path = server_log.create(self.model_name, port)
-        began = time.monotonic()
-        progress = Progress(f"vLLM: {self.model_name}")
+        self._began, self.startup_seconds = time.monotonic(), 0.0
         self._supervisor = self._start_supervisor(port)
         self.session = self._supervisor.pid
-        try:
-            self._wait_until_ready(began, progress)
-            self.checkpoint.require_unchanged()  # while vLLM read it
-        except BaseException:
-            self.stop()
-            progress.close(f"vLLM: {self.model_name} did not start.")
-            raise
-        self.startup_seconds = time.monotonic() - began
+
+    def _is_ready(self) -> bool:
+        """Whether it has generated a token. Raises `WorkbookError` when it has died, or is late."""
+        gone = time.monotonic() - self._began
+        if self._supervisor.poll() is not None:
+            raise self._died(f"while starting, after {gone:.0f} s")
+        if not (self._is_healthy() and self._listens()):
+            if gone > STARTUP_TIMEOUT:
+                raise WorkbookError(
+                    f"vLLM was not ready after {STARTUP_TIMEOUT / 60:.0f} minutes.",
+                    f"The last it said: {server_log.last_line(self.log())}",
+                    f"Read its log, {self.log_path}; a slow disk may need another start.")
+            return False
+        self.complete("1", max_tokens=1)
+        self.checkpoint.require_unchanged()  # while vLLM read it
+        self.startup_seconds = time.monotonic() - self._began
         self.kernel = server_log.selected_kernel(self.checkpoint.config, self.log())
-        progress.close(f"vLLM: {self.model_name} is ready after {self.startup_seconds:.0f} s; "
-                       f"linear layers: {self.kernel}.")
-        return self
+        return True
 
     def stop(self) -> None:
         """End vLLM and every process of it; returns when they are gone."""
-        supervisor, self._supervisor = self._supervisor, None
-        if supervisor is None:
-            return
-        supervisor.stdin.close()
-        try:
-            supervisor.wait(timeout=3 * GRACE)
-        except subprocess.TimeoutExpired:  # it should never hang
-            supervisor.kill()
-        while left := processes(self):  # of a supervisor that was killed, or hung
-            for process in left:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(left, timeout=1)
+        stop_together([self])
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started, and not stopped since."""
+        return self._supervisor is not None
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
 
     def log(self) -> str:
         """What vLLM has written so far."""
         return server_log.read(self.log_path)
 
-    def complete(self, prompt: str, max_tokens: int = 64, **sampling) -> str:
-        """The continuation of `prompt`; greedy unless `sampling` says otherwise."""
-        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **sampling}
-        return self._post("/v1/completions", body)["choices"][0]["text"]
-
-    def chat(self, messages: list[dict], max_tokens: int = 256, **sampling) -> str:
-        """The answer to a list of {"role", "content"}; greedy unless `sampling` says otherwise."""
-        body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0, **sampling}
-        return self._post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
-
     def command(self, port: int) -> list[str]:
         """The command line that starts vLLM; the key is in its environment, VLLM_API_KEY."""
         return [str(serve_python()), "-m", "vllm.entrypoints.openai.api_server",
                 "--model", str(self.model), "--served-model-name", self.model_name,
-                "--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log",
-                *GUARD, *self.flags]
+                "--host", self.host, "--port", str(port), "--disable-uvicorn-access-log",
+                *self.flags, *GUARD]
 
     def _start_supervisor(self, port: int) -> subprocess.Popen:
         env = {**environment(), **self._env, "VLLM_API_KEY": self.api_key}
@@ -198,29 +196,18 @@ class VllmServer:
             # OpenMP's threads spin for milliseconds when they wait, against the API server and the
             # notebook on a machine of few cores: 36 tokens/s, and 140 with this, on two busy ones.
             env.setdefault("GOMP_SPINCOUNT", "1000")
+            # NumPy's OpenBLAS starts threads when it is imported, and with threads no process may
+            # be forked (`serve_side.cpu_platform`).
+            env.setdefault("OPENBLAS_NUM_THREADS", "1")
+            # vLLM's sampler has a function that torch.compile turns into C++ at the first request
+            # for logprobs. Where there is no g++, as on many a laptop, the engine dies of it.
+            env.setdefault("TORCH_COMPILE_DISABLE", "1")
         return subprocess.Popen(
             [sys.executable, "-m", "helpers.serve_side.supervisor", str(os.getpid()),
              str(self.log_path), *self.command(port)],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             env=env, cwd=workspace.repo(), start_new_session=True,
         )
-
-    def _wait_until_ready(self, began: float, progress: "Progress") -> None:
-        while True:
-            if self._supervisor.poll() is not None:
-                raise self._died(f"while starting, after {time.monotonic() - began:.0f} s")
-            if self._is_healthy() and self._listens():
-                break
-            if time.monotonic() - began > STARTUP_TIMEOUT:
-                raise WorkbookError(
-                    f"vLLM was not ready after {STARTUP_TIMEOUT / 60:.0f} minutes.",
-                    f"The last it said: {server_log.last_line(self.log())}",
-                    f"Read its log, {self.log_path}; a slow disk may need another start.",
-                )
-            progress.show(server_log.phase(self.log()))
-            time.sleep(0.25)
-        progress.show("the first token")
-        self.complete("1", max_tokens=1)
 
     def _is_healthy(self) -> bool:
         try:
@@ -231,40 +218,44 @@ class VllmServer:
 
     def _listens(self) -> bool:
         """Whether it is our vLLM that has the port: whoever else took it must not get the key."""
-        port = int(self.url.rpartition(":")[2])
         for process in processes(self):
             with contextlib.suppress(psutil.Error):
-                if any(each.laddr.port == port and each.status == psutil.CONN_LISTEN
+                if any(each.laddr.port == self.port and each.status == psutil.CONN_LISTEN
                        for each in process.net_connections("tcp")):
                     return True
         return False
 
-    def _post(self, route: str, body: dict) -> dict:
-        if self._supervisor is None:
+    def post(self, route: str, body: dict) -> dict:
+        if not self.is_running:
             raise WorkbookError("The server is not running.",
                                 "It was stopped, or never started.",
                                 "Use it inside its `with` block, or call start() first.")
-        try:
-            with client.session(self.api_key) as session:
-                answer = session.post(self.url + route, json={"model": self.model_name, **body})
-                if answer.ok:
-                    return answer.json()
-        except requests.exceptions.InvalidJSONError as wrong:
-            raise WorkbookError("The request or its answer is not JSON.", f"{wrong}.",
-                                "Change the request: JSON has no NaN, for instance.") from None
-        except requests.RequestException as broken:
-            if self._is_dying():
-                raise self._died("while answering") from None
-            raise WorkbookError(
-                "vLLM did not answer.", f"The connection broke: {broken}.",
-                f"Read its log, {self.log_path}, and start the server again.",
-            ) from None
-        # 4xx is about the request; only after 5xx may the engine be dead and the server about to be
-        if answer.status_code >= 500 and self._is_dying():
+        return super().post(route, body)
+
+    def check_alive(self) -> None:
+        if self._is_dying():
             raise self._died("while answering")
-        raise WorkbookError(
-            f"vLLM refused the request (HTTP {answer.status_code}).", client.refusal(answer),
-            "Change the request: its prompt, length or sampling.")
+
+    def unreached(self, broken: requests.RequestException) -> WorkbookError:
+        if self._is_dying():
+            return self._died("while answering")
+        return WorkbookError(
+            "vLLM did not answer.", f"The connection broke: {broken}.",
+            f"Read its log, {self.log_path}, and start the server again.")
+
+    def since(self) -> str:
+        return f"ready after {self.startup_seconds:.0f} s"
+
+    def why_away(self) -> str:
+        return server_log.explain(self.log())[0]
+
+    def how_back(self) -> str:
+        return f"Start the server again (its log is {self.log_path}) and run this cell again"
+
+    def require_alive(self) -> None:
+        """Raise `WorkbookError` when it has ended by itself."""
+        if self._supervisor.poll() is not None:
+            raise self._died("while serving")
 
     def _is_dying(self) -> bool:
         """Whether vLLM ends within a few seconds, as it does when its engine has died."""
@@ -278,6 +269,54 @@ class VllmServer:
         meaning, remedy = server_log.why_it_ended(self.log_path, self._supervisor.returncode)
         return WorkbookError(f"vLLM stopped {when}.", meaning,
                              f"{remedy} The whole log is in {self.log_path}.")
+
+
+def start_together(servers: Sequence[VllmServer]) -> None:
+    """Start servers side by side; returns when each of them has generated a token.
+
+    When one does not start, or at an interruption, all are stopped and its reason is raised.
+    """
+    if any(server.is_running for server in servers):
+        raise WorkbookError("The server is already running.",
+                            "A second start would leave the first one without an owner.",
+                            "Call stop() first, or make a second VllmServer.")
+    title = "vLLM: " + " and ".join(server.model_name for server in servers)
+    progress = Progress(title)
+    try:
+        for at, server in enumerate(servers):
+            server._begin([other.port for other in servers[:at]])
+        starting = list(servers)
+        while starting := [server for server in starting if not server._is_ready()]:
+            phases = dict.fromkeys(server_log.phase(server.log()) for server in starting)
+            progress.show(" and ".join(phases))
+            time.sleep(0.25)
+    except BaseException:
+        stop_together(servers)
+        progress.close(f"{title} did not start.")
+        raise
+    progress.close("\n".join(
+        f"vLLM: {server.model_name} is ready after {server.startup_seconds:.0f} s; "
+        f"linear layers: {server.kernel}." for server in servers))
+
+
+def stop_together(servers: Iterable[VllmServer]) -> None:
+    """End servers side by side; returns when no process of any is left."""
+    ending = []
+    for server in servers:
+        if server.is_running:
+            ending.append((server, server._supervisor))
+            server._supervisor.stdin.close()
+            server._supervisor = None
+    for server, supervisor in ending:
+        try:
+            supervisor.wait(timeout=3 * GRACE)
+        except subprocess.TimeoutExpired:  # it should never hang
+            supervisor.kill()
+        while left := processes(server):  # of a supervisor that was killed, or hung
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(left, timeout=1)
 
 
 def processes(server: VllmServer) -> list[psutil.Process]:
@@ -301,34 +340,3 @@ def threads(model: Checkpoint) -> int:
         return 1
     allowed = len(os.sched_getaffinity(0))
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _checked_port(port: int) -> int:
-    if not 1 <= port <= 65535:
-        raise WorkbookError(f"There is no port {port}.", "Ports are numbered from 1 to 65535.",
-                            "Leave `port` out and a free one is taken.")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as refused:
-            what = "is taken" if refused.errno == errno.EADDRINUSE else "cannot be used"
-            raise WorkbookError(
-                f"Port {port} {what}.", f"The system says: {refused.strerror}.",
-                "Leave `port` out and a free one is taken, or stop the program that uses it.",
-            ) from None
-    return port
-
-
-def _checked_name(name: str) -> str:
-    if not name.strip() or not name.isprintable():
-        raise WorkbookError(f"{name!r} is no name for a model.",
-                            "Clients ask for the model by this name, in JSON.",
-                            "Give `name` letters, digits, and what else can be printed.")
-    return name

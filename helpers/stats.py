@@ -186,3 +186,25 @@ def _per_n(n: int | Sequence[int], largest: float,
 
     found = np.array([solve(int(rows)) for rows in np.atleast_1d(n)])
     return found if np.ndim(n) else float(found[0])
+
+
+def paired_over_texts(first, second, tokens, confidence: float = 0.95) -> Interval:
+    """Mean per token of the first arm less the second's, with an interval over texts.
+
+    `first`, `second`: each text's mean per token in either arm, float [texts]; `tokens`: how many
+    tokens it has. Texts are drawn with replacement, for the tokens of one text are not
+    independent. Source: Efron (1987), JASA 82:171 (BCa); scipy `bootstrap`, 9,999 draws, seed 0.
+    """
+    from scipy.stats import bootstrap
+
+    gap, tokens = np.asarray(first) - np.asarray(second), np.asarray(tokens, dtype=float)
+
+    def mean(gap, tokens, axis=-1):
+        return (gap * tokens).sum(axis) / tokens.sum(axis)
+
+    value = float(mean(gap, tokens))
+    if np.all(gap == gap[0]):  # nothing varies, so there is nothing to draw
+        return Interval(value, value, value)
+    found = bootstrap((gap, tokens), mean, paired=True, vectorized=True, n_resamples=9999,
+                      confidence_level=confidence, method="BCa", rng=0).confidence_interval
+    return Interval(value, float(found.low), float(found.high))

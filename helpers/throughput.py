@@ -7,17 +7,16 @@ server's key over a pipe, and runs the benchmark as often as it is asked to.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import subprocess
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TextIO
 
-import psutil
-
-from helpers import WorkbookError, checkpoint, hardware, serving, workspace
+from helpers import WorkbookError, hardware, servers, serving, stats, workspace
 from helpers.checkpoint import Checkpoint
 from helpers.hardware import ServingMode
 from helpers.models import Profile
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
 # The benchmark sends the same prompts in every run: from a cached prefix no prefill would be timed.
 NO_REUSE = ["--no-enable-prefix-caching"]
-
-_SERVER_MEMORY = 4 * 2**30  # bytes that a server on a CPU takes beside its weights
 
 
 @dataclass(frozen=True)
@@ -62,6 +59,11 @@ class Work:
         """The tokens of tokens per second: generated ones, or the prompts' for a prompt."""
         each = self.prompt_tokens if self.generated_tokens == 1 else self.generated_tokens
         return self.streams * each
+
+    def shorter(self) -> "Work":
+        """The same for a warm-up: as many streams, and few tokens."""
+        return replace(self, prompt_tokens=min(self.prompt_tokens, 64),
+                       generated_tokens=min(self.generated_tokens, 4))
 
     def flags(self) -> list[str]:
         """The flags of `vllm bench serve` for one round: every request once, greedy."""
@@ -104,43 +106,102 @@ Measure = Callable[[serving.VllmServer, Work], BenchResult]
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "ttft_p99_ms", "itl_p99_ms")
 
 
+def tokens_per_second(work: Work, result: BenchResult) -> float:
+    """The speed of decoding, all streams together, or of a prompt: what each spends its time on.
+
+    Decoding is counted by TPOT, so without the first token and a request's own costs, which few
+    tokens would have to bear; a prompt by the time to its first token.
+    """
+    if work.generated_tokens == 1:
+        return 1000 * work.counted_tokens / result.ttft_ms
+    return 1000 * work.streams / result.tpot_ms
+
+
 def compare(arms: dict[str, Checkpoint], profile: Profile, mode: ServingMode,
             work: list[Work]) -> "pd.DataFrame":
-    """Measure every arm in turn, in an order that alternates from round to round.
+    """Measure a profile's arms `in_turn`; on a CPU all servers run at once where memory allows.
 
-    A table with one row per round, arm and work: round, arm, streams, prompt_tokens,
-    generated_tokens, kernel, output_tok_s, joules_per_token (of the GPU, the prompt's included; NaN
-    where none reports it) and `LATENCIES`. On a CPU all servers run at once where memory allows,
-    else only the one that is measured: five rounds of two arms take six starts. After a server's
-    start each piece of work is run once and the result thrown away.
+    Where they do not, five rounds of two arms take six starts.
+    """
+    flags = [*serving.default_flags(profile, mode), *NO_REUSE]
+    with benchmark() as measure:
+        return in_turn(measure, {arm: serving.VllmServer(model, flags)
+                                 for arm, model in arms.items()}, work,
+                       together=servers.fit_together(arms.values(), mode))
+
+
+def in_turn(measure: Measure, of_arm: dict[str, serving.VllmServer], work: Sequence[Work],
+            together: bool) -> "pd.DataFrame":
+    """Measure every server on all work, in an order that alternates from round to round.
+
+    `measure`: a `benchmark`. `of_arm`: the servers; they are started where they are not up, and
+    stopped at the end. `together`: whether all of them run at once; then the arms take turns at
+    each piece of work, so that what is compared lies seconds apart, else only the one that is
+    measured is up, and does all the work of a round. After a server's start each piece of work is
+    run once, with fewer tokens, and the result thrown away.
+
+    A table with one row per round, arm and work: round, arm, work (its title), streams,
+    prompt_tokens, generated_tokens, kernel, tok_s (`tokens_per_second`), output_tok_s,
+    joules_per_token (of the GPU, the prompt's included; NaN where none reports it) and `LATENCIES`.
     """
     import pandas as pd
     from tqdm.auto import tqdm
 
-    server_flags = [*serving.default_flags(profile, mode), *NO_REUSE]
-    together = mode.device == "cpu" and _fit_together(arms)
-    rows = []
-    with contextlib.ExitStack() as everything, benchmark() as measure:
-        running: dict[str, serving.VllmServer] = {}
-        turns = order(list(arms), max(each.rounds for each in work))
-        for number, arm in tqdm(turns, desc="benchmark runs", leave=False):
-            if arm not in running:
-                for other in ([] if together else list(running)):
-                    running.pop(other).stop()
-                running[arm] = serving.VllmServer(arms[arm], server_flags).start()
-                everything.callback(running[arm].stop)
-                for each in work:
-                    measure(running[arm], each)
-            for each in (each for each in work if number <= each.rounds):
-                before = hardware.energy_joules()
-                result = measure(running[arm], each)
-                joules = math.nan if before is None else hardware.energy_joules() - before
-                rows.append({"round": number, "arm": arm, "streams": each.streams,
-                             "prompt_tokens": each.prompt_tokens,
-                             "generated_tokens": each.generated_tokens,
-                             "kernel": running[arm].kernel, "output_tok_s": result.output_tok_s,
-                             "joules_per_token": joules / sum(result.output_tokens),
-                             **{name: getattr(result, name) for name in LATENCIES}})
+    rows, up = [], ()
+    try:
+        for number, arm, each in tqdm(turns(list(of_arm), work, together),
+                                      desc="benchmark runs", leave=False):
+            if arm not in up:
+                serving.stop_together(of_arm[other] for other in up)
+                up = tuple(of_arm) if together else (arm,)
+                if idle := [of_arm[name] for name in up if not of_arm[name].is_running]:
+                    serving.start_together(idle)
+                for server in (of_arm[name] for name in up):
+                    for warm_up in work:
+                        measure(server, warm_up.shorter())
+            before = hardware.energy_joules()
+            result = measure(of_arm[arm], each)
+            joules = math.nan if before is None else hardware.energy_joules() - before
+            rows.append({"round": number, "arm": arm, "work": each.title,
+                         "streams": each.streams, "prompt_tokens": each.prompt_tokens,
+                         "generated_tokens": each.generated_tokens,
+                         "kernel": of_arm[arm].kernel, "tok_s": tokens_per_second(each, result),
+                         "output_tok_s": result.output_tok_s,
+                         "joules_per_token": joules / sum(result.output_tokens),
+                         **{name: getattr(result, name) for name in LATENCIES}})
+    finally:
+        serving.stop_together(of_arm.values())
+    return pd.DataFrame(rows)
+
+
+def turns(arms: list[str], work: Sequence[Work], together: bool) -> list[tuple[int, str, Work]]:
+    """Who does what when: (round, arm, work), forwards through the arms, then backwards.
+
+    `together`: the arms alternate at each piece of work, else each does all of a round's.
+    """
+    every = [(number, arm, each) for number, arm in order(arms, max(w.rounds for w in work))
+             for each in work if number <= each.rounds]
+    if together:  # a stable sort: the order of the arms in a round stays
+        every.sort(key=lambda turn: (turn[0], work.index(turn[2])))
+    return every
+
+
+def ratios(rounds: "pd.DataFrame", base: str = "bf16") -> "pd.DataFrame":
+    """The speed of each arm over that of `base`, taken round by round.
+
+    `rounds`: as `in_turn` returns them. A table with one row per arm and work, arm by arm: arm,
+    work (its title), tok_s (the median), and ratio, low and high, the median of the rounds' ratios
+    with its interval (`stats.ratio_by_round`).
+    """
+    import pandas as pd
+
+    rows, every = [], {key: group.set_index("round")["tok_s"].sort_index()
+                       for key, group in rounds.groupby(["arm", "work"])}
+    for arm, work in itertools.product(rounds["arm"].unique(), rounds["work"].unique()):
+        speed = every[arm, work]
+        found = stats.ratio_by_round(speed, every[base, work])
+        rows.append({"arm": arm, "work": work, "tok_s": float(speed.median()),
+                     "ratio": found.value, "low": found.low, "high": found.high})
     return pd.DataFrame(rows)
 
 
@@ -150,25 +211,30 @@ def kernel(rounds: "pd.DataFrame", arm: str) -> str:
 
 
 def summary(rounds: "pd.DataFrame", arm: str, work: Work) -> dict[str, float]:
-    """An arm's medians over the rounds of `compare`, and the range of its throughput."""
-    same = {"arm": arm, "streams": work.streams, "prompt_tokens": work.prompt_tokens,
+    """An arm's medians over the rounds of `compare`, and the range of its throughput.
+
+    Where bf16 ran beside another arm, that one's also holds the ratio of the two, round by round
+    (`stats.ratio_by_round`): ratio, ratio_low, ratio_high.
+    """
+    same = {"streams": work.streams, "prompt_tokens": work.prompt_tokens,
             "generated_tokens": work.generated_tokens}
-    of_arm = rounds[(rounds[list(same)] == list(same.values())).all(axis="columns")]
+    of_work = rounds[(rounds[list(same)] == list(same.values())).all(axis="columns")]
+    of_arm = of_work[of_work["arm"] == arm]
     medians = of_arm[["output_tok_s", *LATENCIES]].median()
-    return {**{name: round(float(value), 3) for name, value in medians.items()},
-            "output_tok_s_min": round(float(of_arm["output_tok_s"].min()), 3),
-            "output_tok_s_max": round(float(of_arm["output_tok_s"].max()), 3)}
+    figures = {**{name: float(value) for name, value in medians.items()},
+               "output_tok_s_min": float(of_arm["output_tok_s"].min()),
+               "output_tok_s_max": float(of_arm["output_tok_s"].max())}
+    speed = of_work.pivot(index="round", columns="arm", values="output_tok_s")
+    if arm != "bf16" and "bf16" in speed:
+        ratio = stats.ratio_by_round(speed[arm], speed["bf16"])
+        figures |= {"ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high}
+    return {name: round(value, 3) for name, value in figures.items()}
 
 
 def order(arms: list[str], rounds: int) -> list[tuple[int, str]]:
     """Rounds 1, 2, 3 ...: every arm once, forwards in the odd ones, backwards in the even."""
     return [(number, arm) for number in range(1, rounds + 1)
             for arm in (arms if number % 2 else arms[::-1])]
-
-
-def _fit_together(arms: dict[str, Checkpoint]) -> bool:
-    weights = sum(checkpoint.total_bytes(model.tensors) for model in arms.values())
-    return weights + len(arms) * _SERVER_MEMORY < psutil.virtual_memory().available
 
 
 @contextlib.contextmanager

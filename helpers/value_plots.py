@@ -61,21 +61,32 @@ def number_lines(e4m3: Tensor, e5m2: Tensor) -> None:
 
 
 def channel_scales(name: str, scale: Tensor) -> None:
-    """One module's weight scales, in place and sorted; `scale`: float tensor [channels]."""
+    """One module's weight scales, in place and sorted; `scale`: float tensor [channels].
+
+    Of a fused gate_up_proj, whose first half is gate, the halves are told apart.
+    """
+    half = len(scale) // 2
+    parts = ({"gate": slice(0, half), "up": slice(half, None)} if name.endswith("gate_up_proj")
+             else {"": slice(None)})
     figure, (place, order) = plots.canvas(width=10, height=3.2, columns=2)
-    place.plot(scale, ".", ms=3, color=FP8)
+    for (part, channels), colour in zip(parts.items(), (FP8, BF16), strict=False):
+        place.plot(range(len(scale))[channels], scale[channels], ".", ms=3, color=colour)
+        order.plot(scale[channels].sort().values, color=colour, label=part)
     place.set_xlabel("output channel")
     place.set_ylabel("scale (amax / 448)")
     place.set_title("in place", loc="left")
-    order.plot(scale.sort().values, color=FP8)
     order.axhline(scale.max(), color=GREY, ls="--", lw=1)
     order.annotate("one scale for the tensor", (0, scale.max()), xytext=(2, -4),
                    textcoords="offset points", va="top", color=GREY)
     order.set_xlabel("channels, sorted")
     order.set_title(f"sorted: {scale.max() / scale.min():.1f}x from least to largest", loc="left")
+    if len(parts) > 1:
+        order.legend(frameon=False, loc="lower right")
     figure.suptitle(name, x=0.01, ha="left")
     plots.show(figure, f"The {scale.numel()} channel scales of {name}, from {scale.min():.2e} to "
-                       f"{scale.max():.2e}.")
+                       f"{scale.max():.2e}" + "".join(
+        f"; of {part} {scale[channels].min():.2e} to {scale[channels].max():.2e}"
+        for part, channels in parts.items() if part) + ".")
 
 
 def weight_error(name: str, original: Tensor, rebuilt: Tensor) -> None:
@@ -98,7 +109,7 @@ def weight_error(name: str, original: Tensor, rebuilt: Tensor) -> None:
     axis.set_ylim(1e-2, 200)
     axis.set_xlabel("|weight| / its channel's amax")
     axis.set_ylabel("relative error, %")
-    axis.set_title("The grid's step bounds a weight's relative error" if bounded
+    axis.set_title("The grid's step bounds a normal weight's relative error" if bounded
                    else "Does the grid's step bound a weight's relative error?", loc="left")
     largest = f"{error[normal].max():.1%}" if normal.any() else "unknown"
     plots.show(figure, f"Relative error of the weights of {name} against their magnitude: at most "
@@ -197,23 +208,6 @@ def token_amax(table: DataFrame, pieces: list[str]) -> None:
                    else "Does every token and every module have its own reach?", loc="left")
     plots.show(figure, f"Map of the largest magnitude in the input of {len(table)} modules for "
                        f"{len(pieces)} tokens, from {quietest.min():.2g} to {loudest.max():.2g}.")
-
-
-def static_and_dynamic(table: DataFrame) -> None:
-    """SQNR of the inputs by module: columns "static", "dynamic", in dB; index module."""
-    figure, axis = plots.canvas(width=10, height=3.8)
-    places = range(len(table))
-    axis.plot(places, table["dynamic"], "o", color=FP8, label="per token, dynamic")
-    axis.plot(places, table["static"], "s", color=BF16, label="per tensor, static")
-    axis.set_xticks(*_labels(table.index, 60), rotation=90, fontsize=8)
-    axis.set_ylabel("SQNR of the input, dB")
-    axis.grid(axis="x", color="#dddddd", lw=0.8)
-    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    gain = table["dynamic"] - table["static"]
-    axis.set_title(f"Dynamic less static: median {gain.median():.1f} dB, largest "
-                   f"{gain.max():.1f} dB", loc="left")
-    plots.show(figure, f"Signal to quantization noise of the inputs of {len(table)} modules, per "
-                       "token and with one static scale.")
 
 
 def outliers(tables: dict[str, DataFrame]) -> None:

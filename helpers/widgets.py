@@ -65,7 +65,7 @@ def explorer(base: Checkpoint, fp8: Checkpoint):
         note.value = _sentence(error)
         return note
     layer = ui.Dropdown(options=sorted({key[0] for key in found}), description="layer")
-    short = ui.Dropdown(options=list(dict.fromkeys(key[1] for key in found)), description="module")
+    short = ui.Dropdown(options=scales.in_run_order(key[1] for key in found), description="module")
     view = ui.Dropdown(options=VIEWS, description="view")
     colour = ui.Dropdown(options=list(MAPS), description="map")
 

@@ -1,11 +1,10 @@
 """FP8 on this CPU beside everything else that could run the same model: `make bench-cpu`.
 
-Three models: the bundled one, SmolLM2-135M, and four layers of Phi-4's shapes. Three kinds of work:
-one stream, eight streams, a prompt of 512 tokens. All arms of a model are up at once and are
-measured in turn, in alternating order, so that a machine that slows down slows all of them.
+Three models: the bundled one, SmolLM2-135M, and a slice of Phi-4 (`helpers.phi4_slice`). Three
+kinds of work: one stream, eight streams, a prompt of 512 tokens. All arms of a model are up at once
+and are measured in turn, in alternating order, so that a machine that slows down slows all of them.
 Decoding starts from prompts of one token, so that every step is one of decoding; a prompt is
-counted by the time to its first token. The weights of Phi-4's layers are random: the work is the
-same, and the words mean nothing.
+counted by the time to its first token.
 
 Where llama-cpp-python is installed in `.venv`, llama.cpp runs SmolLM2 in Q8_0, made of the same
 GGUF file. Its Python package decodes one stream at a time.
@@ -22,7 +21,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,16 +30,16 @@ import torch
 import transformers
 
 from helpers import (
-    checkpoint,
     cpu_bench,
     hardware,
     hub,
     ledger,
     models,
+    phi4_slice,
     plots,
-    quantize,
     roofline,
     serving,
+    slice_speed,
     smollm2,
     throughput,
     workspace,
@@ -51,9 +50,7 @@ from helpers.serve_side import cpu_kernels
 from helpers.throughput import Work
 
 OUT = workspace.repo() / "build" / "bench-cpu"
-MAX_MODEL_LEN = 1024
-# A random model may say nothing but special tokens; the benchmark takes hidden ones for failures.
-SHOWN = ("--extra-body", '{"skip_special_tokens": false}')
+MAX_MODEL_LEN = phi4_slice.MAX_MODEL_LEN
 
 
 @dataclass(frozen=True)
@@ -61,15 +58,23 @@ class Subject:
     """A model to measure.
 
     `make`: the checkpoint of its 16-bit weights, written into a folder where there is none yet.
-    `generated`: tokens that each stream generates. `stock`, `llama_cpp`: whether vLLM's own FP8
-    kernel and llama.cpp are measured on it too.
+    `generated`: tokens that each stream generates. `formats`: those that LLM Compressor makes of it
+    (W4A16's groups of 128 have to divide the layers' widths). `stock`, `llama_cpp`: whether vLLM's
+    own FP8 kernel and llama.cpp are measured on it too.
     """
 
     name: str
     make: Callable[[Path], Checkpoint]
     generated: int
+    formats: tuple[str, ...] = ("fp8", "int8")
     stock: bool = False
     llama_cpp: bool = False
+
+
+def slice_of_phi4(place: Path) -> Checkpoint:
+    whole = roofline.load_config(workspace.data("phi4"))
+    return phi4_slice.random_checkpoint(
+        phi4_slice.sliced(whole, phi4_slice.LAYERS["cpu"]), place)
 
 
 def asked_of(arm: Arm, generated: int, rounds: int) -> list[Work]:
@@ -81,31 +86,29 @@ def asked_of(arm: Arm, generated: int, rounds: int) -> list[Work]:
     return [each for each in work if each.streams == 1 or arm != cpu_bench.LLAMA_CPP]
 
 
-def phi4_slice(place: Path) -> Checkpoint:
-    """Four of Phi-4's layers, 1.36 billion random weights; the bundled model's vocabulary."""
-    kept = ("model_type", "hidden_size", "intermediate_size", "num_attention_heads",
-            "num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings")
-    config = roofline.load_config(workspace.data("phi4"))
-    config = transformers.AutoConfig.for_model(
-        **{name: config[name] for name in kept}, num_hidden_layers=cpu_bench.PHI4_LAYERS,
-        vocab_size=roofline.load_config(workspace.data("tiny_phi4"))["vocab_size"],
-        max_position_embeddings=MAX_MODEL_LEN, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(place)
-    for file in workspace.data("tiny_phi4").glob("tokenizer*"):
-        shutil.copyfile(file, place / file.name)
-    workspace.write_manifest(place)
-    return checkpoint.just_written(place)
+def by_format(base: Checkpoint, formats: Sequence[str], scratch: Path) -> dict[str, Checkpoint]:
+    """The bf16 checkpoint, and what LLM Compressor makes of it in each format."""
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    return {"bf16": base} | {
+        format: phi4_slice.quantized(base, QuantizationModifier(
+            targets="Linear", scheme=phi4_slice.PRESETS[format], ignore=["lm_head"]),
+            scratch / f"model-{format}")
+        for format in formats}
 
 
-def vllm_arms(base: Checkpoint, fp8: Checkpoint,
+def vllm_arms(made: dict[str, Checkpoint],
               stock: bool) -> dict[Arm, tuple[Checkpoint, dict[str, str]]]:
     """Of each arm that is a vLLM server: the checkpoint, and what is added to its environment."""
-    arms = {cpu_bench.BF16: (base, {})}
+    arms = {cpu_bench.BF16: (made["bf16"], {})}
     for numerics in cpu_kernels.NUMERICS:
-        arms[Arm("vLLM", "fp8", numerics)] = (fp8, {cpu_kernels.VARIABLE: numerics})
-    return arms | ({cpu_bench.STOCK: (fp8, {"VLLM_PLUGINS": ""})} if stock else {})
+        arms[Arm("vLLM", "fp8", numerics)] = (made["fp8"], {cpu_kernels.VARIABLE: numerics})
+    if stock:
+        arms[cpu_bench.STOCK] = (made["fp8"], {"VLLM_PLUGINS": ""})
+    arms[cpu_bench.INT8] = (made["int8"], {})
+    if "int4" in made:  # with AMX vLLM would round the activations to INT8
+        arms[cpu_bench.INT4] = (made["int4"], {"VLLM_CPU_INT4_W4A8": "0"})
+    return arms
 
 
 def server_arm(server: serving.VllmServer, measure: throughput.Measure) -> Callable[[Work], float]:
@@ -114,7 +117,7 @@ def server_arm(server: serving.VllmServer, measure: throughput.Measure) -> Calla
     def run(work: Work) -> float:
         result = measure(server, work)
         if work.generated_tokens == 1:
-            return 1000 * work.counted_tokens / result.ttft_ms
+            return throughput.tokens_per_second(work, result)
         return result.output_tok_s
     return run
 
@@ -171,19 +174,22 @@ def smollm2_in_q8_0(into: Path) -> Path | None:
     return made
 
 
-def bench(subject: Subject, base: Checkpoint, fp8: Checkpoint, rounds: int,
+def bench(subject: Subject, made: dict[str, Checkpoint], rounds: int,
           gguf: Path | None = None) -> pd.DataFrame:
     """Every round of every arm on one model, as `measured` returns them."""
     flags = serving.default_flags(models.tiny(), hardware.serving_mode(hardware.detect()))
     flags += ["--max-model-len", str(MAX_MODEL_LEN), *throughput.NO_REUSE]  # vLLM takes the last
     with contextlib.ExitStack() as everything:
-        measure = everything.enter_context(throughput.benchmark(*SHOWN))
-        arms, kernels = {cpu_bench.TRANSFORMERS: transformers_arm(base)}, {}
+        measure = everything.enter_context(throughput.benchmark(*slice_speed.SHOWN))
+        arms, kernels = {cpu_bench.TRANSFORMERS: transformers_arm(made["bf16"])}, {}
         if gguf:
-            arms[cpu_bench.LLAMA_CPP] = llama_cpp_arm(gguf, serving.threads(base))
+            arms[cpu_bench.LLAMA_CPP] = llama_cpp_arm(gguf, serving.threads(made["bf16"]))
             kernels[cpu_bench.LLAMA_CPP] = "llama.cpp"
-        for arm, (model, env) in vllm_arms(base, fp8, subject.stock).items():
-            server = everything.enter_context(serving.VllmServer(model, flags, env=env))
+        servers = {arm: serving.VllmServer(model, flags, env=env)
+                   for arm, (model, env) in vllm_arms(made, subject.stock).items()}
+        everything.callback(serving.stop_together, servers.values())
+        serving.start_together(list(servers.values()))
+        for arm, server in servers.items():
             arms[arm], kernels[arm] = server_arm(server, measure), server.kernel
         work = {arm: asked_of(arm, subject.generated, rounds) for arm in arms}
         table = measured(arms, work)
@@ -193,17 +199,19 @@ def bench(subject: Subject, base: Checkpoint, fp8: Checkpoint, rounds: int,
 def measured(arms: dict[Arm, Callable[[Work], float]], work: dict[Arm, list[Work]]) -> pd.DataFrame:
     """Each arm on its work, in turn and in alternating order, after a round that is not counted.
 
-    One row per round, arm and work: round, arm, work, streams, prompt_tokens and tok_s.
+    The arms alternate at each kind of work, so that what is compared lies seconds apart. One row
+    per round, arm and work: round, arm, work, streams, prompt_tokens and tok_s.
     """
-    rows = []
     rounds = max(each.rounds for some in work.values() for each in some)
-    for number, arm in throughput.order(list(arms), rounds + 1):
-        for each in work[arm]:
-            tok_s = arms[arm](each)
-            if number > 1:  # the first round warms up
-                rows.append({"round": number - 1, "arm": arm, "work": each,
-                             "streams": each.streams, "prompt_tokens": each.prompt_tokens,
-                             "tok_s": tok_s})
+    turns = [(number, arm, each) for number, arm in throughput.order(list(arms), rounds + 1)
+             for each in work[arm]]
+    turns.sort(key=lambda turn: (turn[0], turn[2].prompt_tokens, turn[2].streams))
+    rows = []
+    for number, arm, each in turns:
+        tok_s = arms[arm](each)
+        if number > 1:  # the first round warms up
+            rows.append({"round": number - 1, "arm": arm, "work": each, "streams": each.streams,
+                         "prompt_tokens": each.prompt_tokens, "tok_s": tok_s})
     return pd.DataFrame(rows)
 
 
@@ -254,7 +262,7 @@ def main() -> None:
     subjects = [
         Subject("tiny-phi4", lambda _: models.tiny().checkpoint, 96, stock=True),
         Subject("SmolLM2-135M", lambda _: hub.obtain(models.SMOLLM2), 48, llama_cpp=True),
-        Subject(cpu_bench.PHI4, phi4_slice, 12)]
+        Subject(cpu_bench.PHI4, slice_of_phi4, 20, tuple(phi4_slice.PRESETS))]
     every = []
     for number, subject in enumerate(subjects):
         if asked.only and asked.only not in subject.name:
@@ -264,8 +272,8 @@ def main() -> None:
         scratch.mkdir(parents=True)
         try:
             base = subject.make(scratch / "model")
-            fp8 = quantize.save(quantize.quantized(base), base, scratch / "model-fp8")
-            every.append(bench(subject, base, fp8, asked.rounds,
+            made = by_format(base, subject.formats, scratch)
+            every.append(bench(subject, made, asked.rounds,
                                smollm2_in_q8_0(scratch) if subject.llama_cpp else None))
             record(summary(every[-1]), models.directory_profile(base))
         finally:

@@ -22,6 +22,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+import from_kit
 from one_set_up import FULL, WITH_US, SetupError, is_full_disk, locked, remedy, say
 
 REPO = Path(__file__).resolve().parent.parent
@@ -146,18 +147,25 @@ def uv_environment(settings: dict[str, str], environ: dict[str, str]) -> dict[st
         result.setdefault("UV_FIND_LINKS", ",".join(settings["find-links"].split()))
     if "index-url" in settings and "UV_INDEX_URL" not in environ:
         result.setdefault("UV_DEFAULT_INDEX", settings["index-url"])
+    if settings.get("no-index") == "true":  # a kit's: everything is in its folder
+        result["UV_OFFLINE"] = "1"
     if "cert" in settings:
         result.setdefault("SSL_CERT_FILE", settings["cert"])
     return result
 
 
 def bootstrap_uv(repo: Path = REPO) -> tuple[Path, dict[str, str]]:
-    """The uv program, installed into .uv/ if it is not there, and its environment variables."""
+    """The uv program, installed into .uv/ if it is not there, and its environment variables.
+
+    Where the workbook is from a kit, both are bound to the kit's wheels.
+    """
+    wheels = from_kit.require(repo) if from_kit.used(repo) else None
     folder = repo / ".uv"
     python, uv = folder / "bin" / "python", folder / "bin" / "uv"
     stamp = folder / "set-up.stamp"
     wanted = f"{UV_VERSION} {sys.version}"
-    if not (uv.exists() and python.exists() and stamp.exists() and stamp.read_text() == wanted):
+    there = uv.exists() and python.exists() and stamp.exists() and stamp.read_text() == wanted
+    if not there:
         say(f"      uv {UV_VERSION}, which installs the rest")
         made = subprocess.run([sys.executable, "-m", "venv", "--clear", folder],
                               capture_output=True, text=True, **WITH_US)
@@ -168,6 +176,8 @@ def bootstrap_uv(repo: Path = REPO) -> tuple[Path, dict[str, str]]:
                 f"{sys.executable} cannot make virtual environments. Install its venv package (on "
                 f"Debian or Ubuntu: apt install python{sys.version_info[0]}.{sys.version_info[1]}"
                 "-venv) and run the same command again.")
+    from_kit.settle(folder, wheels)
+    if not there:
         got = subprocess.run([python, "-m", "pip", "install", "--quiet", "--retries", "1",
                               "--timeout", "30", "--disable-pip-version-check",
                               f"uv=={UV_VERSION}"], capture_output=True, text=True, **WITH_US)
@@ -276,6 +286,11 @@ def set_up() -> None:
     if not missing:
         return
     require_platform(platform.system(), platform.machine())
+    if gpu and from_kit.used(REPO):
+        raise SetupError(
+            "This machine has a GPU, and the kit has the environments of machines without one. "
+            "Leave the GPU out (export CUDA_VISIBLE_DEVICES= with nothing behind it, in every "
+            "terminal), or set up from the package index in a clone of the workbook.")
     require_compiler(gpu)
     require_disk(REPO, sum(env.nbytes for env in missing) + GB)
     started = time.monotonic()

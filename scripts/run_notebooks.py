@@ -1,8 +1,11 @@
-"""Execute the notebooks in order: `run [05]` into build/, `refresh` back into notebooks/."""
+"""Execute the notebooks in order: `run [05]` into build/, `refresh` back into notebooks/.
+
+00 to 09, then the appendix a1; `run a1` executes that alone.
+"""
 
 import contextlib
+import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +18,14 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 from notebook_outputs import clean, code_cells
 
+from helpers import hardware
+
 REPO = Path(__file__).resolve().parent.parent
 NOTEBOOKS = REPO / "notebooks"
 BUILD = REPO / "build"
+NAMED = "[0-9a][0-9]_*.ipynb"  # 00 to 09, then the appendix: in the order of their names
 MEASURED = REPO / "data" / "measured" / "cpu-tiny-phi4.jsonl"
+SECONDS = REPO / "data" / "measured" / "notebook-seconds.json"
 
 
 class NotebookStopped(Exception):
@@ -27,7 +34,7 @@ class NotebookStopped(Exception):
 
 def notebooks(only: str = "") -> list[Path]:
     """The notebooks in order, or the ones whose name begins with `only`."""
-    found = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+    found = sorted(NOTEBOOKS.glob(NAMED))
     chosen = [path for path in found if path.name.startswith(only)]
     if not chosen:
         names = ", ".join(path.name[:2] for path in found) or "none at all"
@@ -109,8 +116,9 @@ def paragraph(name: str, nb: NotebookNode, begun: int, error: Exception, target:
     if isinstance(error, CellExecutionError):
         what = f"{error.ename}: {error.evalue}"
     else:
-        what = ("The kernel died. Most often that is the system ending it for want of memory: "
-                "close other programs, or choose a smaller model with PHI4_FP8_PROFILE.")
+        what = ("The process that runs its cells died. Most often the system has ended it for "
+                "want of memory: close other programs, or choose a smaller model with "
+                "PHI4_FP8_PROFILE.")
     first = cells[begun].source.strip().splitlines()[0]
     return (f"{name} stopped at code cell {begun + 1} of {len(cells)}, which begins `{first}`.\n"
             f"{what}\nThe notebook as far as it got: {shown(target)}")
@@ -120,69 +128,45 @@ def shown(path: Path) -> str:
     return str(path.relative_to(REPO)) if path.is_relative_to(REPO) else str(path)
 
 
-def page(executed: list[Path]) -> str:
-    """One HTML page of executed notebooks, with contents and the glossary; links kept."""
-    from nbconvert import HTMLExporter
-
-    whole = nbformat.v4.new_notebook()
-    contents = []
-    for path in executed:
-        nb = read(path)
-        clean(nb, {})
-        title = next((line[2:] for cell in nb.cells for line in cell.source.splitlines()
-                      if line.startswith("# ")), path.stem)
-        contents.append(f"- [{title}](#{path.stem})")
-        whole.cells.append(nbformat.v4.new_markdown_cell(f'<hr><a id="{path.stem}"></a>'))
-        for cell in nb.cells:
-            cell.id = f"{path.stem[:2]}-{cell.id}"
-            if cell.cell_type == "markdown":
-                cell.source = re.sub(r"\]\((\d\d_\w+)\.ipynb(#[^)]*)?\)", r"](#\1)", cell.source)
-                cell.source = cell.source.replace("](glossary.md)", "](#glossary)")
-        whole.cells += nb.cells
-        for mime, state in nb.metadata.get("widgets", {}).items():
-            merged = whole.metadata.setdefault("widgets", {}).setdefault(mime, state)
-            merged["state"].update(state["state"])
-    words = re.sub(r"\]\((\w+)\.ipynb\)", r"](#\1)", (NOTEBOOKS / "glossary.md").read_text())
-    whole.cells.append(nbformat.v4.new_markdown_cell(f'<hr><a id="glossary"></a>\n\n{words}'))
-    contents.append("- [Glossary](#glossary)")
-    heading = "# The Phi-4 FP8 workbook\n\n" + "\n".join(contents)
-    whole.cells.insert(0, nbformat.v4.new_markdown_cell(heading))
-    name = {"metadata": {"name": "The Phi-4 FP8 workbook"}}
-    return HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(
-        whole, resources=name)[0]
-
-
 def run(only: str = "") -> int:
-    """Execute into build/notebooks/, write build/workbook.html, print the closing table."""
+    """Execute into build/notebooks/, print the closing tables, make the book and name it."""
     chosen, started = notebooks(only), time.monotonic()
     for i, path in enumerate(chosen, start=1):
         execute(path, BUILD / "notebooks" / path.name, f"[{i}/{len(chosen)}] {path.name}")
-    write(BUILD / "workbook.html", page(sorted((BUILD / "notebooks").glob("[0-9]*.ipynb"))))
     print(f"\n{len(chosen)} notebook(s) in {time.monotonic() - started:.0f} s. Executed: "
-          "build/notebooks/; all on one page: build/workbook.html\n", flush=True)
-    return subprocess.run([sys.executable, "-m", "helpers.report"], cwd=REPO).returncode
+          "build/notebooks/\n", flush=True)
+    closing = ([sys.executable, "-m", "helpers.report"], [sys.executable, REPO / "scripts/book.py"])
+    return max(subprocess.run(command, cwd=REPO).returncode for command in closing)
 
 
 def refresh() -> int:
     """Execute all on the bundled model in a workspace of their own, clean them, write them back.
 
-    Their ledger becomes `data/measured/cpu-tiny-phi4.jsonl`, and the README's table follows it.
+    Their ledger becomes `data/measured/cpu-tiny-phi4.jsonl`, how long each took stands beside it,
+    and the README's tables and the guide's follow them.
     """
     workspace = BUILD / "refresh-workspace"
     shutil.rmtree(workspace, ignore_errors=True)
     os.environ.update(PHI4_FP8_WORKSPACE=str(workspace), PHI4_FP8_PROFILE="tiny-phi4")
     home = os.path.expanduser("~")  # "~" itself where there is no HOME
     places = {workspace: "workspace", REPO: ""} | ({Path(home): "~"} if home != "~" else {})
-    chosen, fresh = notebooks(), {}
+    chosen, fresh, seconds = notebooks(), {}, {}
     for i, path in enumerate(chosen, start=1):
-        target = BUILD / "refreshed" / path.name
+        target, started = BUILD / "refreshed" / path.name, time.monotonic()
         fresh[path] = execute(path, target, f"[{i}/{len(chosen)}] {path.name}")
+        seconds[path.stem] = round(time.monotonic() - started)
     for path, nb in fresh.items():  # only when all have run
         clean(nb, places)
         write(path, nbformat.writes(nb))
     MEASURED.parent.mkdir(exist_ok=True)
     shutil.copy(workspace / "ledger.jsonl", MEASURED)
-    return subprocess.run([sys.executable, "-m", "helpers.report", "--readme"], cwd=REPO).returncode
+    machine = hardware.detect()
+    write(SECONDS, json.dumps({
+        "machine": f"{machine.cpu_model}, {machine.cores} cores",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()), "seconds": seconds}, indent=1))
+    follow = ([sys.executable, "-m", "helpers.report", "--readme"],
+              [sys.executable, REPO / "scripts" / "guide.py"])
+    return max(subprocess.run(command, cwd=REPO).returncode for command in follow)
 
 
 def main(arguments: list[str]) -> int:

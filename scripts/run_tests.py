@@ -1,6 +1,6 @@
-"""Every notebook and every test under pytest, in a workspace of their own.
+"""Every notebook's student edition and every test under pytest, in a workspace of their own.
 
-With the word `smollm2`: notebooks 01 to 04 on SmolLM2-135M-Instruct, and the tests of its making.
+With the word `smollm2`: notebooks 01 to 05 on SmolLM2-135M-Instruct, and the tests of its making.
 """
 
 import os
@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from editions import make_student
 from nbmake.nb_result import NotebookError, NotebookResult
 from nbmake.pytest_items import NotebookFailedException, NotebookItem
 from notebook_outputs import code_cells
@@ -80,23 +81,11 @@ def end_kernels() -> None:
             child.kill()
 
 
-def blank_copies(sources: list[Path], folder: Path) -> None:
-    """The notebooks without outputs and counts, so that a count proves that a cell was run."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for source in sources:
-        nb = nbformat.read(source, as_version=4)
-        for cell in nb.cells:
-            if cell.cell_type == "code":
-                cell.outputs, cell.execution_count = [], None
-        nbformat.write(nb, folder / source.name)
-
-
 def run(sources: list[Path], tests: Path, workspace: Path) -> int:
     """The notebooks in copies of their own, then the tests; pytest's first exit code but 0."""
     os.environ["PHI4_FP8_WORKSPACE"] = str(workspace)
     copies = workspace.with_name(f"{workspace.name}-notebooks")
-    blank_copies(sources, copies)
+    make_student(sources, copies)  # without counts, which then prove that a cell was run
     runs = NotebookRuns([path.name for path in sources])
     # The notebooks first and alone: they measure, and tests read what they leave.
     noted = pytest.main([str(copies), "--nbmake", "--overwrite", f"--nbmake-timeout={LIMIT}"],
@@ -124,7 +113,7 @@ def main(words: list[str]) -> int:
         workspace = BUILD / "smollm2"
         for made in ("checkpoints", "ledger.jsonl"):  # the model stays: it is fetched once
             shutil.rmtree(workspace / made, ignore_errors=True)
-        return run(notebooks()[1:5], REPO / "tests" / "smollm2", workspace)
+        return run(notebooks()[1:6], REPO / "tests" / "smollm2", workspace)
     os.environ.setdefault("PHI4_FP8_PROFILE", "tiny-phi4")
     shutil.rmtree(BUILD / "test", ignore_errors=True)
     return run(notebooks(), REPO / "tests", BUILD / "test")

@@ -61,7 +61,8 @@ def vllm(answer: Callable[[SimpleNamespace], Answer] = lambda request: (200, COM
         yield SimpleNamespace(
             url=server.url, asked=server.asked, api_key="the-servers-key", model_name="tiny",
             model=models.tiny().checkpoint.path, checkpoint=models.tiny().checkpoint,
-            kernel="unquantized", log_path=Path("vllm.log"), log=lambda: "")
+            kernel="unquantized", log_path=Path("vllm.log"), log=lambda: "", patience=0,
+            why_away=lambda: "It is a stand-in.", how_back=lambda: "Start it again")
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import bench_cpu
 import pandas as pd
 import pytest
 
-from helpers import cpu_bench, ledger, models, throughput
+from helpers import cpu_bench, ledger, models, slice_speed, throughput
 from helpers.cpu_bench import BF16, LLAMA_CPP, STOCK, TRANSFORMERS, Arm
 from helpers.throughput import Work
 
@@ -22,12 +22,12 @@ def test_arms_take_turns_after_a_round_that_is_not_counted():
     one, eight = Work(1, 1, 6, 2), Work(8, 1, 6, 2)
     found = bench_cpu.measured({BF16: arm(BF16), W8A16: arm(W8A16)},
                                {BF16: [one, eight], W8A16: [one]})
-    assert asked == [(BF16, one), (BF16, eight), (W8A16, one),  # the round that warms up
+    assert asked == [(BF16, one), (W8A16, one), (BF16, eight),  # the round that warms up
                      (W8A16, one), (BF16, one), (BF16, eight),
-                     (BF16, one), (BF16, eight), (W8A16, one)]
+                     (BF16, one), (W8A16, one), (BF16, eight)]
     assert list(zip(found["round"], found["arm"], found["streams"], found["tok_s"], strict=True)) \
         == [(1, W8A16, 1, 4), (1, BF16, 1, 5), (1, BF16, 8, 6),
-            (2, BF16, 1, 7), (2, BF16, 8, 8), (2, W8A16, 1, 9)]
+            (2, BF16, 1, 7), (2, W8A16, 1, 8), (2, BF16, 8, 9)]
 
 
 def test_the_slow_arms_are_asked_for_less():
@@ -81,7 +81,9 @@ def test_the_committed_rows_have_every_arm_and_their_model():
     assert {record.arm for record in records} == set(cpu_bench.ARMS)
     of_phi4 = cpu_bench.records(model=cpu_bench.PHI4)
     assert {record.work.title for record in of_phi4} == {"1 stream", "8 streams", "prompt of 512"}
-    assert len(of_phi4) == 12 < len(records)
+    arms = {arm for arm in cpu_bench.ARMS if arm not in (STOCK, LLAMA_CPP)}
+    for cpu in {record.cpu for record in of_phi4}:
+        assert {record.arm for record in of_phi4 if record.cpu == cpu} == arms
 
 
 def test_transformers_speed_is_its_tokens_over_its_time(tiny_base, monkeypatch):
@@ -93,7 +95,7 @@ def test_transformers_speed_is_its_tokens_over_its_time(tiny_base, monkeypatch):
 
 
 def test_a_servers_speed_is_the_benchmarks(fp8_server, tmp_workspace):
-    with throughput.benchmark(*bench_cpu.SHOWN) as measure:
+    with throughput.benchmark(*slice_speed.SHOWN) as measure:
         seen = []
         run = bench_cpu.server_arm(
             fp8_server, lambda server, work: seen.append(measure(server, work)) or seen[-1])
@@ -102,14 +104,15 @@ def test_a_servers_speed_is_the_benchmarks(fp8_server, tmp_workspace):
     assert prompt == pytest.approx(64 / seen[1].raw["ttfts"][0])
 
 
-def test_every_server_has_its_own_checkpoint_and_numerics(tmp_path):
-    arms = bench_cpu.vllm_arms(tmp_path / "base", tmp_path / "fp8", stock=True)
+def test_every_server_has_its_own_checkpoint_and_numerics():
+    arms = bench_cpu.vllm_arms({each: each for each in ("bf16", "fp8", "int8", "int4")}, stock=True)
     assert list(arms) == [arm for arm in cpu_bench.ARMS if arm.engine == "vLLM"]
-    assert [place.name for place, _ in arms.values()] == ["base", "fp8", "fp8", "fp8"]
+    assert [model for model, _ in arms.values()] == [arm.format for arm in arms]
     assert [env.get(bench_cpu.cpu_kernels.VARIABLE) for _, env in arms.values()] == [
-        None, "w8a16", "w8a8", None]
+        None, "w8a16", "w8a8", None, None, None]
     assert arms[STOCK][1] == {"VLLM_PLUGINS": ""}  # without the workbook's plugin
-    assert STOCK not in bench_cpu.vllm_arms(tmp_path, tmp_path, stock=False)
+    fewer = bench_cpu.vllm_arms({each: each for each in ("bf16", "fp8", "int8")}, stock=False)
+    assert not {STOCK, cpu_bench.INT4} & set(fewer)
 
 
 def test_the_whole_run_on_the_bundled_model(tmp_workspace, tmp_path, monkeypatch):
@@ -117,11 +120,11 @@ def test_the_whole_run_on_the_bundled_model(tmp_workspace, tmp_path, monkeypatch
     monkeypatch.setattr(bench_cpu, "OUT", tmp_path / "out")
     monkeypatch.setattr(bench_cpu, "asked_of", lambda arm, generated, rounds: [
         Work(1, 1, 3, rounds)])
-    monkeypatch.setattr(bench_cpu.cpu_kernels, "NUMERICS", ())  # two servers instead of four
+    monkeypatch.setattr(bench_cpu.cpu_kernels, "NUMERICS", ())  # three servers instead of five
     monkeypatch.setattr("sys.argv", ["bench_cpu.py", "--rounds", "1", "--only", "tiny"])
     bench_cpu.main()
     assert "vLLM FP8, stock" in (tmp_path / "out" / "table.md").read_text()
-    arms = {BF16, STOCK, TRANSFORMERS}
+    arms = {BF16, STOCK, cpu_bench.INT8, TRANSFORMERS}
     rounds = json.loads((tmp_path / "out" / "rounds.json").read_text())
     assert {Arm(**each["arm"]) for each in rounds} == arms
     assert {Work(**each["work"]) for each in rounds} == {Work(1, 1, 3, 1)}

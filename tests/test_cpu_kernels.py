@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import WorkbookError, ablation, cpu, hardware, serving, workspace
+from helpers import WorkbookError, ablation, cpu, formats, hardware, serving, workspace
 from helpers.serve_side import cpu_kernels, cpu_products
 
 SCRIPT = Path(__file__).parent / "serve_side" / "kernels.py"
@@ -79,10 +79,11 @@ def test_shapes_and_types(measured, numerics):
 def test_w8a8_greedy_tokens_are_those_of_an_exact_emulation(tmp_path, tiny_base, tiny_fp8):
     """20 problems through vLLM with the W8A8 kernel, against Transformers with exact FP8 values.
 
-    The emulation is `ablation.w8`, in float32; given what vLLM has written so far, its likeliest
-    next token must be vLLM's, or as likely as that within what the order of a sum decides: an
-    activation on the border between two E4M3 numbers then goes to the other one. How much that is
-    on this CPU is seen on the emulation itself, which reads a text at once and token by token.
+    The emulation is `formats.quantized`, in float32, whose weights are the checkpoint's own. Given
+    what vLLM has written so far, its likeliest next token must be vLLM's, or as likely as that
+    within what the order of a sum decides: an activation on the border between two E4M3 numbers
+    then goes to the other one. How much that is on this CPU is seen on the emulation itself, which
+    reads a text at once and token by token.
     """
     problems = (workspace.data("tiny_gsm8k") / "test.jsonl").read_text().splitlines()[:20]
     prompts = tmp_path / "prompts.json"
@@ -97,7 +98,7 @@ def test_w8a8_greedy_tokens_are_those_of_an_exact_emulation(tmp_path, tiny_base,
     assert found["kernels"] == ["CpuFp8W8A8LinearKernel"]
     model, _ = ablation.load(tiny_base)
     behind, ahead, noise = [], [], 0.0
-    with torch.inference_mode(), ablation.w8(model, tiny_fp8, activations=True):
+    with torch.inference_mode(), formats.quantized(model, formats.RECIPE):
         for number, answer in enumerate(found["1"] + found["2"]):  # on one thread, and on two
             logits = model(torch.tensor([answer["prompt"] + answer["tokens"]])).logits[0]
             logits = logits[len(answer["prompt"]) - 1:-1]

@@ -49,7 +49,8 @@ def proxy(server, fails_after: int | None = None):
     number of requests. After `fails_after` answers every further one is 503.
     """
     front = SimpleNamespace(**{name: getattr(server, name) for name in (
-        "api_key", "model_name", "model", "checkpoint", "kernel", "log_path", "log")},
+        "api_key", "model_name", "model", "checkpoint", "kernel", "log_path", "patience",
+        "why_away", "how_back")},
         seen={}, asked=0)
     lock = threading.Lock()
 
@@ -92,7 +93,8 @@ def idle():
     return SimpleNamespace(url="http://127.0.0.1:9", api_key="secret-key", model_name="tiny",
                            model=REPO / "data" / "tiny_phi4", kernel="unquantized",
                            checkpoint=models.tiny().checkpoint,
-                           log_path=Path("vllm.log"), log=lambda: "")
+                           log_path=Path("vllm.log"), patience=0, why_away=lambda: "It is not up.",
+                           how_back=lambda: "Start it")
 
 
 # The task
@@ -282,7 +284,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from helpers import checkpoint, evaluation
 front = SimpleNamespace(**json.loads(sys.argv[1]))
-front.checkpoint = checkpoint.verified(front.model)
+front.checkpoint, front.patience = checkpoint.verified(front.model), 0
 evaluation.run(front, SimpleNamespace(task="tiny_gsm8k"), "bf16", limit=16, concurrency=2)
 """
 

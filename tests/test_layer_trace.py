@@ -3,17 +3,30 @@
 import pytest
 import torch
 
-from helpers import WorkbookError, checkpoint, hardware, models, serving
+from helpers import WorkbookError, checkpoint, client, hardware, models, serving
 from helpers.serve_side import layer_trace
 
 DOWN = "model.layers.0.mlp.down_proj"
 
 
-@pytest.fixture(scope="module")
-def received(tiny_fp8):
+def start(fp8, **env):
     mode = hardware.serving_mode(hardware.detect())
     flags = serving.default_flags(models.tiny(), mode)
-    return layer_trace.received(tiny_fp8, DOWN, flags)
+    if mode.device == "cuda":
+        flags += ["--gpu-memory-utilization", "0.3"]  # beside the tests' other servers
+    return serving.VllmServer(fp8, [*flags, *layer_trace.FLAGS],
+                              env={**layer_trace.ENVIRONMENT, **env})
+
+
+@pytest.fixture(scope="module")
+def server(tiny_fp8):
+    with start(tiny_fp8) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def received(server):
+    return layer_trace.ask(server, DOWN)
 
 
 def stored(fp8):
@@ -21,8 +34,8 @@ def stored(fp8):
             for part in ("weight", "weight_scale"))
 
 
-def test_the_kernel_holds_the_checkpoints_codes_and_scales(received, tiny_fp8, fp8_server):
-    assert received.kernel == fp8_server.kernel
+def test_the_kernel_holds_the_checkpoints_codes_and_scales(received, tiny_fp8, server):
+    assert received.kernel == server.kernel
     codes, scale = stored(tiny_fp8)
     held = (received.product.T.float() / scale).to(torch.float8_e4m3fn).float()
     normal = codes.abs() >= 2**-6
@@ -46,6 +59,40 @@ def test_it_is_this_layers_and_no_others(received, tiny_fp8):
     codes[row, column] *= 1.125  # the next code
     assert not torch.allclose(received.product.float(), (codes * scale).T, rtol=2**-8,
                               atol=float(scale.max()) / 64)
+
+
+def far_from(server, fp8) -> dict[str, float]:
+    """How far the kernel's product of random inputs is from each arithmetic's."""
+    codes, scale = stored(fp8)
+    x = torch.randn(16, codes.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = layer_trace.ask(server, DOWN, x).product
+    s_x = x.float().abs().amax(dim=1, keepdim=True) / 448
+    codes_x = (x.float() / s_x).to(torch.float8_e4m3fn).float()
+    products = {"w8a16": x.float() @ (codes * scale).T, "w8a8": s_x * codes_x @ (codes * scale).T}
+    return {name: float((y.float() - product).norm() / product.norm())
+            for name, product in products.items()}
+
+
+def test_random_inputs_show_the_modes_arithmetic(server, tiny_fp8):
+    """What notebook 05 calls the proof."""
+    far = far_from(server, tiny_fp8)
+    mode = hardware.serving_mode(hardware.detect())
+    expected = mode.title[:5].lower().strip()
+    other = "w8a16" if expected == "w8a8" else "w8a8"
+    assert far[expected] < 0.005 and far[other] > 0.015
+
+
+def test_a_kernel_that_is_told_to_compute_w8a8_is_found_to_do_so(tiny_fp8):
+    if hardware.serving_mode(hardware.detect()).device != "cpu":
+        pytest.skip("PHI4_FP8_CPU_NUMERICS is for CPUs")
+    with start(tiny_fp8, PHI4_FP8_CPU_NUMERICS="w8a8") as server:
+        far = far_from(server, tiny_fp8)
+    assert far["w8a8"] < 0.005 and far["w8a16"] > 0.015
+
+
+def test_only_with_the_key(server):
+    for route in ("/collective_rpc", "/server_info", "/sleep"):
+        assert client.session().post(server.url + route).status_code == 401
 
 
 def test_a_module_that_is_not_there_is_a_sentence(tiny_fp8):

@@ -58,7 +58,7 @@ def test_a_damaged_line_is_reported_and_the_rest_kept(tmp_path):
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"schema": 99}, "schema 99"), ({"arm": "int4"}, "unknown experiment or arm"),
+    ({"schema": 99}, "schema 99"), ({"arm": "int3"}, "unknown experiment or arm"),
     ({"metrics": [1]}, "metrics is not dict"), ({"model": {}}, "model lacks profile"),
 ])
 def test_a_line_of_another_form_is_skipped_with_its_fault(tmp_path, change, says):
@@ -73,7 +73,7 @@ def test_a_line_of_another_form_is_skipped_with_its_fault(tmp_path, change, says
 def test_what_is_no_row_is_not_written(tmp_path):
     file = tmp_path / "ledger.jsonl"
     with pytest.raises(ValueError, match="unknown experiment or arm"):
-        add(file, arm="int4")
+        add(file, arm="int3")
     assert ledger.read(file) == []
 
 

@@ -107,7 +107,7 @@ def test_most_bytes_are_in_linears_only_where_they_are(drawn):
     wide = phi4 | {"vocab_size": 4_000_000}
     for config in (phi4, wide):
         plots.bytes_by_role({"m": checkpoint.by_role(roofline.tensors(config))})
-    assert drawn[0][0] == ["At least 93 % of the bytes are in Linear layers"]
+    assert drawn[0][0] == ["Attention and MLP hold at least 93 % of the bytes"]
     assert drawn[1][0] == ["Where are a model's bytes?"]
     assert "93 % of m's" in drawn[0][1]
 

@@ -90,6 +90,7 @@ def test_the_card_of_the_base_is_told_topic_by_topic():
                         ("Asked of deployers: disclosure", "AI system"),
                         ("Asked of deployers: filters", "classifiers")):
         assert word in table.loc[topic, "what it says"]
+    assert set(table["source"]) == {"Phi-4 model card", "Phi-4 technical report, sections 6 to 8"}
 
 
 def test_what_is_no_measurement_of_both_arms_stays_out_of_the_comparisons():
@@ -105,7 +106,7 @@ def test_lm_eval_has_the_tasks_that_the_readme_names():
     text = (PUBLISHED / "README.md").read_text()
     named = re.findall(r"^\| \w+ \| `(\w+)` \|", text, flags=re.M)
     assert len(named) == 6
-    notebook = (REPO / "notebooks" / "07_report_and_publish.ipynb").read_text()
+    notebook = (REPO / "notebooks" / "09_report_and_publish.ipynb").read_text()
     assert all(f'\\"{name}\\"' in notebook for name in named)
     tasks = Path(lm_eval.tasks.__file__).parent
     folders = [str(tasks / name) for name in

@@ -1,9 +1,9 @@
-"""The closing table: a verdict only where the work was the same."""
+"""The closing tables: a published figure gets a verdict only where the work was the same."""
 
 import pytest
 from conftest import REPO
 
-from helpers import ledger, models, report
+from helpers import ledger, models, predictions, report, slice_speed
 
 GSM8K = {"task": "gsm8k", "limit": 100, "num_fewshot": 5}
 
@@ -73,7 +73,56 @@ def test_a_speed_is_compared_on_the_same_gpu_only(tmp_path, gpu, verdict):
     assert verdicts(rows, source="Output tokens per second on an A40, fp8")["verdict"] == verdict
 
 
+def test_what_was_not_measured_is_one_line_that_says_how_many_and_how():
+    table = report.measured_beside_published([])
+    assert report.compared(table).empty
+    line = report.left_over(table)
+    assert line.startswith("Not measured here: all 8 published figures (6 gsm8k scores, 2 speeds).")
+    assert "notebooks 06 and 07 on a GPU" in line and "A40" in line and "\n" not in line
+
+
+def test_what_was_measured_is_a_table_and_the_rest_the_line(tmp_path):
+    rows = [row(tmp_path, **{"strict-match": 0.93, "flexible-extract": 0.8})]  # 100 rows, FP8
+    table = report.measured_beside_published(rows)
+    assert list(report.compared(table)["verdict"]) == ["differs", "agrees"]
+    assert "6 of the 8 published figures (4 gsm8k scores, 2 speeds)" in report.left_over(table)
+    table["verdict"] = "agrees"
+    assert report.left_over(table) == ""
+
+
+def test_the_end_of_a_run_shows_verdicts_and_the_line(tmp_workspace, monkeypatch, capsys):
+    monkeypatch.setenv(models.VARIABLE, "tiny-phi4")
+    ledger.record("quantize", "fp8", {}, {"bytes_after": 3_956_224}, mode="cpu-w8a16", kernel="",
+                  model=models.model_info(models.tiny()))
+    assert report.main([]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("3,956,224 bytes") == 2 and "as predicted" in printed
+    assert "all 8 published figures" in printed
+    assert max(len(line) for line in printed.splitlines()) <= 100
+
+
 def test_the_readme_holds_the_table_of_the_committed_measurements():
     assert report.readme_results() in (REPO / "README.md").read_text()
     assert report.readme_bench() in (REPO / "README.md").read_text()
     assert list((REPO / "data" / "measured").glob("*.jsonl"))
+
+
+def test_predictions_stand_beside_what_was_measured(tmp_path, tmp_workspace):
+    def said(rows):
+        table = report.predicted_beside_measured("phi-4", rows).set_index("question")
+        return [tuple(line) for line in table.itertuples(index=False)]
+
+    assert said([]) == [("not predicted: notebook 06", "not measured yet: notebook 06")] + 3 * [
+        ("not predicted: notebook 07", "not measured yet: notebook 07")]
+    predictions.keep_number("flips", 4, 100)
+    slice_speed.predict([1.5, 1, 0.75])
+    one, _, prompt = slice_speed.WORK
+    speeds = {"ratio": 1.9, "ratio_low": 1.8, "ratio_high": 2.0}
+    rows = [row(tmp_path, lost=9, gained=9), row(tmp_path, lost=2, gained=1),
+            row(tmp_path, work=GSM8K | {"limit": 1319}, lost=30, gained=20),
+            row(tmp_path, model=models.tiny(), lost=7, gained=7),
+            row(tmp_path, "slice", work=one.in_ledger() | {"numerics": "w8a16"}, **speeds),
+            row(tmp_path, "slice", work=prompt.in_ledger() | {"numerics": "w8a8"}, **speeds)]
+    assert said(rows) == [("4", "3"), ("1.5x", "1.90x (1.80 to 2.00)"),
+                          ("1x", "not measured yet: notebook 07"),
+                          ("0.75x", "not measured yet: notebook 07")]

@@ -104,13 +104,13 @@ def test_of_several_gpus_the_bandwidth_is_that_of_the_one_that_serves():
     assert roofline.read_bandwidth(SimpleNamespace(gpus=two)).bytes_per_s == 300e9
 
 
-def test_the_bandwidth_of_a_cpu_is_a_gib_over_the_median_of_seven_reads(monkeypatch):
-    """On a clock by which the first read takes 100 s and the next ones 7, 6, ... 1 s."""
-    spans = iter([100, 7, 6, 5, 4, 3, 2, 1])
+def test_the_bandwidth_of_a_cpu_is_a_gib_over_the_fastest_of_seven_reads(monkeypatch):
+    """On a clock by which the first read, a warm-up, takes 1 s, and the others 2 s or more."""
+    spans = iter([1, 7, 6, 5, 4, 3, 2, 9])
     ticks = itertools.chain.from_iterable((0, span) for span in spans)
     monkeypatch.setattr(roofline.time, "perf_counter", lambda: next(ticks))
     found = roofline.read_bandwidth(SimpleNamespace(gpus=()))
-    assert found.bytes_per_s == 2**30 / 4
+    assert found.bytes_per_s == 2**30 / 2
     assert found.source.startswith("measured")
     with pytest.raises(AttributeError, match="NO_SUCH_NAME"):
         models.NO_SUCH_NAME  # noqa: B018

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import notebook_outputs
@@ -52,7 +53,7 @@ def test_a_kernel_that_dies_is_told_from_a_cell_that_fails(tmp_path, capsys):
     source = write(tmp_path / "00_dies.ipynb", "a = 1", "import os\nos._exit(9)")
     with pytest.raises(run_notebooks.NotebookStopped, match="code cell 2 of 2.*`import os`") as e:
         run_notebooks.execute(source, tmp_path / "out.ipynb", "00")
-    assert "The kernel died" in str(e.value)
+    assert "The process that runs its cells died" in str(e.value)
 
 
 def test_an_interrupted_run_says_so_and_leaves_no_kernel(tmp_path):
@@ -77,25 +78,32 @@ def test_an_interrupted_run_says_so_and_leaves_no_kernel(tmp_path):
 
 def test_only_chooses_by_number_and_an_unknown_one_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(run_notebooks, "NOTEBOOKS", tmp_path)
-    for name in ("00_a", "05_b"):
+    for name in ("a1_c", "05_b", "00_a", "notes"):
         write(tmp_path / f"{name}.ipynb", "1")
-    assert [path.name for path in run_notebooks.notebooks("05")] == ["05_b.ipynb"]
-    with pytest.raises(run_notebooks.NotebookStopped, match="'09'. There are: 00, 05."):
+    every = ["00_a.ipynb", "05_b.ipynb", "a1_c.ipynb"]  # the appendix comes last
+    assert [path.name for path in run_notebooks.notebooks()] == every
+    for only, name in zip(("00", "05", "a1"), every, strict=True):
+        assert [path.name for path in run_notebooks.notebooks(only)] == [name]
+    with pytest.raises(run_notebooks.NotebookStopped, match="'09'. There are: 00, 05, a1."):
         run_notebooks.notebooks("09")
 
 
-def test_one_page_of_all_notebooks_with_working_links(tmp_path):
-    first = write(tmp_path / "00_a.ipynb", "print('first words')")
-    second = write(tmp_path / "01_b.ipynb", "1 + 1")
-    nb = nbformat.read(first, as_version=4)
-    nb.cells[0].source += "\n\nNext: [the second](01_b.ipynb), [words](glossary.md)"
-    nb.cells[1].outputs = [new_output("stream", name="stdout", text="first words\n")]
-    nbformat.write(nb, first)
-    html = run_notebooks.page([first, second])
-    assert html.count('href="#01_b"') == 2 and 'id="01_b"' in html  # contents, and the link
-    assert html.count('href="#glossary"') == 2 and html.count('id="glossary"') == 1
-    assert "the largest magnitude among" in html and 'href="#00_start_here"' in html
-    assert "Title of 00_a" in html and "first words\n" in html
+def test_a_run_ends_with_the_tables_and_names_the_book(tmp_path, monkeypatch, capfd):
+    """The book of what was just run: two programs, the worse status counts."""
+    monkeypatch.setattr(run_notebooks, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(run_notebooks, "BUILD", tmp_path / "build")
+    write(tmp_path / "notebooks" / "00_a.ipynb", "1")
+    said, ran = ["the tables", "the book"], []
+
+    def program(command, cwd):
+        ran.append(Path(command[-1]).name)
+        print(said[len(ran) - 1], flush=True)
+        return SimpleNamespace(returncode=len(ran) - 1)
+
+    monkeypatch.setattr(run_notebooks.subprocess, "run", program)
+    assert run_notebooks.run() == 1
+    assert ran == ["helpers.report", "book.py"]
+    assert capfd.readouterr().out.splitlines()[-2:] == said
 
 
 # --- make notebooks -----------------------------------------------------------------------------

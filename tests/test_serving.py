@@ -101,6 +101,39 @@ def test_two_replicas_answer_behind_one_endpoint(tiny_fp8, fp8_server):
     assert not left_after(session, GONE_WITHIN)
 
 
+def is_forked(process: psutil.Process) -> bool:
+    """Whether it goes on in its parent's program (Linux's flag PF_FORKNOEXEC)."""
+    after_name = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return bool(int(after_name[6]) & 0x40)
+
+
+def engine_of(server) -> psutil.Process:
+    [engine] = [process for process in serving.processes(server)
+                if "EngineCore" in "".join(process.cmdline())]
+    return engine
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_on_a_cpu_the_engine_is_forked_and_computes(threads, tmp_workspace, tiny_fp8):
+    """With two threads as well: OpenMP's must not be there before the fork, and be there after."""
+    if hardware.serving_mode(hardware.detect()).device != "cpu":
+        pytest.skip("on a GPU vLLM starts its engine in its own way")
+    env = {"OMP_NUM_THREADS": str(threads)}
+    with serving.VllmServer(tiny_fp8, default_flags(), env=env) as server:
+        assert is_forked(engine_of(server)) and not is_forked(psutil.Process(server.session))
+        assert "(EngineCore pid=" in server.log()
+        assert server.complete("1 + 2 = " * 150, max_tokens=20)
+
+
+def test_an_engine_of_several_processes_is_started_in_vllms_way(tmp_workspace, tiny_fp8):
+    if hardware.serving_mode(hardware.detect()).device != "cpu":
+        pytest.skip("on a GPU vLLM starts its engine in its own way")
+    several = [flag if flag != "uni" else "mp" for flag in default_flags()]
+    with serving.VllmServer(tiny_fp8, several) as server:
+        assert not is_forked(engine_of(server))
+        assert server.complete("1", max_tokens=2)
+
+
 def test_a_two_token_prompt_is_answered(fp8_server):
     """Stock vLLM 0.32 dies of it, with SIGILL, on a CPU with AMX."""
     reply = client.session(fp8_server.api_key).post(
@@ -238,8 +271,7 @@ def test_gone_after_an_exception_and_its_engine_missed(tmp_workspace, tiny_fp8):
     server = serving.VllmServer(tiny_fp8, default_flags())
     with pytest.raises(WorkbookError, match="stopped while answering"), server:
         family = serving.processes(server)
-        [engine] = [process for process in family if "EngineCore" in "".join(process.cmdline())]
-        engine.kill()
+        engine_of(server).kill()
         server.complete("1")
     assert left_after(server.session, GONE_WITHIN) == []
     assert not any(process.is_running() for process in family)

@@ -175,7 +175,7 @@ def hundredth(tmp_path_factory):
 
 def test_a_notebook_hashes_and_reads_each_file_once(
         hundredth, tmp_workspace, monkeypatch):
-    """What notebook 06 does on a GPU: five rounds of two arms take six starts of a server."""
+    """What notebook 07 does on a GPU: five rounds of two arms take six starts of a server."""
     quantize.stream(hundredth, quantize.target(models.directory_profile(hundredth)))
     counted = collections.Counter()
 

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 
 from helpers import WorkbookError, hardware, models, throughput
-from helpers.headers import TensorInfo
 from helpers.throughput import Work
 
 
@@ -102,25 +101,37 @@ ONE, BUSY = Work(generated_tokens=500, rounds=3), Work(streams=8, generated_toke
 CPU, GPU = SimpleNamespace(device="cpu", key=""), SimpleNamespace(device="cuda", key="")
 
 
+def shorter(work):
+    return replace(work, generated_tokens=4)
+
+
 @pytest.fixture
 def happenings(monkeypatch):
     """`compare` with servers and a benchmark that do nothing but note, in order, what is asked.
 
     The energy counter adds up 7 J a run.
     """
-    noted, energy = [], [0]
+    noted, energy, up = [], [0], []
 
     class Server:
         def __init__(self, model, flags):
             self.model, self.flags, self.kernel = model, flags, f"kernel of {model}"
 
-        def start(self):
-            assert throughput.NO_REUSE[0] in self.flags
-            noted.append(("start", self.model))
-            return self
+        @property
+        def is_running(self):
+            return self in up
 
-        def stop(self):
-            noted.append(("stop", self.model))
+    def start(servers):
+        for server in servers:
+            assert throughput.NO_REUSE[0] in server.flags and server not in up
+            noted.append(("start", server.model))
+            up.append(server)
+
+    def stop(servers):
+        for server in servers:
+            if server in up:
+                noted.append(("stop", server.model))
+                up.remove(server)
 
     @contextlib.contextmanager
     def benchmark():
@@ -133,6 +144,8 @@ def happenings(monkeypatch):
         yield measure
 
     monkeypatch.setattr(throughput.serving, "VllmServer", Server)
+    monkeypatch.setattr(throughput.serving, "start_together", start)
+    monkeypatch.setattr(throughput.serving, "stop_together", stop)
     monkeypatch.setattr(throughput, "benchmark", benchmark)
     monkeypatch.setattr(hardware, "energy_joules", lambda: energy[0])
     return noted
@@ -140,25 +153,27 @@ def happenings(monkeypatch):
 
 def test_every_round_measures_every_arm_after_a_warm_up_that_is_not_counted(
         happenings, monkeypatch):
-    monkeypatch.setattr(throughput, "_fit_together", lambda arms: True)
+    monkeypatch.setattr(throughput.servers, "fit_together", lambda *_: True)
     rounds = throughput.compare({"bf16": "B", "fp8": "F"}, models.tiny(), CPU, [ONE, BUSY])
-    warm_up = [("start", "B"), ("B", ONE), ("B", BUSY)], [("start", "F"), ("F", ONE), ("F", BUSY)]
     assert happenings == [
-        *warm_up[0], ("B", ONE), ("B", BUSY), *warm_up[1], ("F", ONE), ("F", BUSY),
-        ("F", ONE), ("F", BUSY), ("B", ONE), ("B", BUSY),
+        ("start", "B"), ("start", "F"),  # side by side, then the warm-up of each
+        ("B", shorter(ONE)), ("B", shorter(BUSY)), ("F", shorter(ONE)), ("F", shorter(BUSY)),
+        ("B", ONE), ("F", ONE), ("B", BUSY), ("F", BUSY),
+        ("F", ONE), ("B", ONE), ("F", BUSY), ("B", BUSY),
         ("B", ONE), ("F", ONE),  # the busy work has two rounds
-        ("stop", "F"), ("stop", "B")]
+        ("stop", "B"), ("stop", "F")]
     assert list(zip(rounds["round"], rounds["arm"], rounds["streams"], strict=True)) == [
-        (1, "bf16", 1), (1, "bf16", 8), (1, "fp8", 1), (1, "fp8", 8),
-        (2, "fp8", 1), (2, "fp8", 8), (2, "bf16", 1), (2, "bf16", 8),
+        (1, "bf16", 1), (1, "fp8", 1), (1, "bf16", 8), (1, "fp8", 8),
+        (2, "fp8", 1), (2, "bf16", 1), (2, "fp8", 8), (2, "bf16", 8),
         (3, "bf16", 1), (3, "fp8", 1)]
-    # What each run returned stands in its own row: the fourth thing noted is round 1's first run.
-    assert rounds["output_tok_s"].tolist() == [4, 5, 9, 10, 11, 12, 13, 14, 15, 16]
-    assert rounds["kernel"].tolist()[:3] == ["kernel of B", "kernel of B", "kernel of F"]
-    assert rounds["joules_per_token"].tolist()[:2] == [7 / 500, 7 / (8 * 128)]
+    # What each run returned stands in its own row: the seventh thing noted is round 1's first run.
+    assert rounds["output_tok_s"].tolist() == [*range(7, 17)]
+    assert rounds["kernel"].tolist()[:3] == ["kernel of B", "kernel of F", "kernel of B"]
+    assert rounds["joules_per_token"].tolist()[1:3] == [7 / 500, 7 / (8 * 128)]
 
 
-def test_on_a_gpu_only_the_server_that_is_measured_is_up(happenings, monkeypatch):
+def test_where_not_all_fit_only_the_server_that_is_measured_is_up(happenings, monkeypatch):
+    monkeypatch.setattr(throughput.servers, "fit_together", lambda *_: False)
     monkeypatch.setattr(hardware, "energy_joules", lambda: None)
     rounds = throughput.compare({"bf16": "B", "fp8": "F"}, models.tiny(), GPU, [ONE])
     up = set()
@@ -183,6 +198,50 @@ def test_the_arms_take_turns_in_going_first():
                                                                  strict=True))
 
 
+def test_a_server_that_runs_already_is_not_started_again(happenings):
+    with throughput.benchmark() as measure:
+        of_arm = {name: throughput.serving.VllmServer(name, throughput.NO_REUSE) for name in "BF"}
+        throughput.serving.start_together([of_arm["F"]])
+        throughput.in_turn(measure, of_arm, [BUSY], together=True)
+    assert [each for each in happenings if each[0] in ("start", "stop")] == [
+        ("start", "F"), ("start", "B"), ("stop", "B"), ("stop", "F")]
+
+
+def test_servers_are_stopped_when_a_measurement_is_interrupted(happenings, monkeypatch):
+    monkeypatch.setattr(throughput.servers, "fit_together", lambda *_: True)
+    monkeypatch.setattr(throughput, "tokens_per_second", lambda work, result: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        throughput.compare({"bf16": "B", "fp8": "F"}, models.tiny(), CPU, [ONE])
+    assert happenings[-2:] == [("stop", "B"), ("stop", "F")]
+
+
+def test_a_warm_up_has_as_many_streams_and_fewer_tokens():
+    assert Work(8, 512, 500).shorter() == Work(8, 64, 4)
+    assert Work(1, 32, 1).shorter() == Work(1, 32, 1)
+
+
+def test_the_speed_of_decoding_is_without_the_prompt_and_a_prompts_is_to_its_first_token():
+    result = throughput.BenchResult(4.0, [1], 250.0, 50.0, 0.0, 0.0, 0.0, {})
+    assert throughput.tokens_per_second(Work(1, 512, 1), result) == 2048
+    assert throughput.tokens_per_second(Work(1, 1, 12), result) == 20
+    assert throughput.tokens_per_second(Work(8, 64, 12), result) == 160
+
+
+def test_ratios_are_taken_round_by_round():
+    speeds = {("bf16", "1 stream"): [10, 20, 30, 40, 50], ("bf16", "8 streams"): [7] * 5,
+              ("fp8", "1 stream"): [20, 30, 90, 80, 110], ("fp8", "8 streams"): [14] * 5}
+    rounds = pd.DataFrame([
+        {"round": number, "arm": arm, "work": work, "tok_s": tok_s}
+        for (arm, work), each in speeds.items() for number, tok_s in enumerate(each, 1)])
+    found = throughput.ratios(rounds.sample(frac=1, random_state=0).sort_values(
+        ["arm", "work"], kind="stable")).set_index(["arm", "work"])
+    one = found.loc["fp8", "1 stream"]
+    # 2, 1.5, 3, 2, 2.2: five rounds' interval is their range; the medians' ratio would be 2.67
+    assert (one["tok_s"], one["ratio"], one["low"], one["high"]) == pytest.approx((80, 2, 1.5, 3))
+    assert tuple(found.loc["fp8", "8 streams"][["ratio", "low", "high"]]) == (2, 2, 2)
+    assert (found.loc["bf16"]["ratio"] == 1).all()
+
+
 def test_the_summary_holds_medians_and_the_range():
     rounds = pd.DataFrame({"round": [1, 2, 3] * 2, "arm": ["fp8"] * 3 + ["bf16"] * 3,
                            "streams": [1] * 6, "prompt_tokens": [64] * 6,
@@ -197,10 +256,9 @@ def test_the_summary_holds_medians_and_the_range():
     figures = throughput.summary(rounds, "fp8", Work())
     assert figures["output_tok_s"] == 20 and figures["tpot_ms"] == 5
     assert (figures["output_tok_s_min"], figures["output_tok_s_max"]) == (10, 30)
+    # Round by round 10, 15 and 6.667 times, not the ratio of the medians, 20 / 2.
+    assert (figures["ratio"], figures["ratio_low"], figures["ratio_high"]) == (10, 6.667, 15)
+    alone = rounds[rounds["arm"] == "fp8"]
+    assert "ratio" not in throughput.summary(alone, "fp8", Work())
+    assert "ratio" not in throughput.summary(rounds, "bf16", Work())
     assert throughput.kernel(rounds, "bf16") == "unquantized"
-
-
-def test_two_models_too_large_for_memory_are_not_served_together(tiny_base):
-    assert throughput._fit_together({"bf16": tiny_base, "fp8": tiny_base})
-    huge = replace(tiny_base, tensors=(TensorInfo("weight", "BF16", (2**21, 2**21), 2**43),))
-    assert not throughput._fit_together({"bf16": tiny_base, "fp8": huge})

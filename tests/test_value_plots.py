@@ -44,7 +44,7 @@ def test_weight_error(drawn):
     for other in (rebuilt, ablation.rounded(weight.float(), "int8"), damaged):
         value_plots.weight_error("a module", weight.float(), other)
     titles = [title for (title,), _ in drawn]
-    assert titles[0] == "The grid's step bounds a weight's relative error"
+    assert titles[0] == "The grid's step bounds a normal weight's relative error"
     assert titles[1] == titles[2] == "Does the grid's step bound a weight's relative error?"
 
 
@@ -77,10 +77,13 @@ def test_token_amax(drawn):
 def test_titles_that_are_figures_follow_the_data(drawn):
     value_plots.channel_scales("m", torch.tensor([1.0, 3.0, 2.0]))
     value_plots.channel_error("m", torch.tensor([0.01, 0.03, 0.02]))
-    value_plots.static_and_dynamic(pd.DataFrame({"static": [30.0, 31.0], "dynamic": [31.0, 31.5]}))
     assert drawn[0][0][1] == "sorted: 3.0x from least to largest"
     assert drawn[1][0][1] == "sorted: median 2.00%"
-    assert drawn[2][0] == ["Dynamic less static: median 0.8 dB, largest 1.0 dB"]
+
+
+def test_gate_and_up_are_told_apart(drawn):
+    value_plots.channel_scales("0.mlp.gate_up_proj", torch.tensor([1.0, 2.0, 5.0, 6.0]))
+    assert "of gate 1.00e+00 to 2.00e+00; of up 5.00e+00 to 6.00e+00" in drawn[0][1]
 
 
 def test_a_map_with_a_hole_and_a_map_of_one_cell(drawn):

@@ -57,7 +57,8 @@ def test_channel_errors_and_maps_are_those_of_the_whole_tensors(tiny_base, tiny_
     assert torch.allclose(found[0].double(), weight.square().sum(1), rtol=1e-5)
     assert torch.allclose(found[1].double(), noise, rtol=1e-4)
     spread = scales.spread_map(tiny_fp8)
-    assert spread.shape == (4, 4)
+    assert list(spread) == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]  # as a layer runs
+    assert list(spread.index) == [0, 1, 2, 3]
     assert spread.loc[0, "down_proj"] == pytest.approx(float(scale.max() / scale.min()))
     n = scales.MAP_ROWS
     expected = 10 * torch.log10(weight[:n].square().sum() / noise[:n].sum())
@@ -120,21 +121,30 @@ def test_each_is_a_sentence_in_the_explorer(tiny_base, copy, pictures, changes, 
     assert pictures == drawn
 
 
+def test_modules_stand_in_the_order_in_which_a_layer_runs_them(tiny_base, tiny_fp8, pictures):
+    assert parts(widgets.explorer(tiny_base, tiny_fp8))[0]["module"].options == (
+        "qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    assert scales.in_run_order(["new", "down_proj", "k_proj", "down_proj"]) == [
+        "k_proj", "down_proj", "new"]
+
+
 def test_a_base_of_another_model_is_a_sentence(
         tmp_workspace, tiny_base, tiny_fp8, tmp_path, pictures):
     other = shutil.copytree(tiny_base.path, tmp_path / "other")
     (other / workspace.MANIFEST).unlink()
     edit(other, {f"{DOWN}.weight": torch.ones(128, 768, dtype=torch.bfloat16)})
     shown = widgets.explorer(checkpoint.verified(other), tiny_fp8)
+    parts(shown)[0]["module"].value = "down_proj"
     for view in ("weights", "error"):
         parts(shown)[0]["view"].value = view
         assert "is [128, 768] in other and [256, 768] in" in parts(shown)[2]
     file = other / "model.safetensors"
     save_file({n: t for n, t in load_file(file).items() if n != f"{DOWN}.weight"}, file)
     shown = widgets.explorer(checkpoint.verified(other), tiny_fp8)
+    parts(shown)[0]["module"].value = "down_proj"
     parts(shown)[0]["view"].value = "weights"
     assert f"There is no tensor {DOWN}.weight in other" in parts(shown)[2]
-    assert len(pictures) == 2  # the scales, which need no base
+    assert len(pictures) == 4  # the scales, which need no base, of two modules each time
 
 
 def test_an_index_that_is_none_is_a_sentence(copy):

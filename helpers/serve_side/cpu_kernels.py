@@ -1,7 +1,8 @@
 r"""The vLLM plugin that makes FP8_DYNAMIC checkpoints usable on a CPU.
 
 vLLM finds `register` through the entry point `vllm.general_plugins` and calls it in each of its
-processes. Where there is a GPU it does nothing. On a CPU it does two things.
+processes, and `platform`, which shortens its start, through `vllm.platform_plugins`. Where there is
+a GPU both do nothing. On a CPU `register` does two things.
 
 It asks the operating system for AMX. vLLM 0.32's attention kernel uses AMX tiles without asking,
 and dies with SIGILL ("Worker proc died unexpectedly (exit code: -4)") when nothing before it did.
@@ -77,6 +78,14 @@ def register() -> None:
                 VARIABLE if wanted else "the default")
 
 
+def platform() -> str | None:
+    """The entry point that names vLLM's platform: ours for its own CPU platform, else none."""
+    from vllm.platforms import cpu_platform_plugin
+
+    own = cpu_platform_plugin() == "vllm.platforms.cpu.CpuPlatform"
+    return "helpers.serve_side.cpu_platform.ForkingCpuPlatform" if own else None
+
+
 def _logger() -> logging.Logger:
     return logging.getLogger("vllm.phi4_fp8_cpu")  # below "vllm", whose handlers vLLM sets up
 
@@ -110,7 +119,12 @@ def _try_packed_gemm() -> None:
     weight = torch.arange(64 * 96).remainder(0x7F - 8).add(8).to(torch.uint8)  # normal numbers
     weight = weight.view(torch.float8_e4m3fn).view(64, 96)
     x = torch.eye(3, 96, dtype=torch.bfloat16)
-    made = products.packed_product(x, products.pack(weight))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so that OpenMP starts none, and the process may still be forked
+    try:
+        made = products.packed_product(x, products.pack(weight))
+    finally:
+        torch.set_num_threads(threads)
     if not made.float().equal(weight[:, :3].t().float()):
         raise RuntimeError("fp8_scaled_mm_cpu gives other products")
 

@@ -1,16 +1,20 @@
-"""One FP8 layer timed with each kernel that vLLM has for it on this CPU: what notebook 04 shows."""
+"""One FP8 layer timed with each kernel that vLLM has for it on this CPU: for the appendix."""
 
 import os
 
 from helpers.serve_side import cpu_kernels
 
+WITHOUT = "--without-stock"
 
-def measure(rows: int, columns: int):
+
+def measure(rows: int, columns: int, stock: bool = True):
     """Milliseconds for one token through one [rows, columns] layer, by kernel, on this CPU.
 
     A DataFrame with columns kernel, numerics and ms (medians): bf16 as vLLM computes it, vLLM's own
-    choice for FP8 without this plugin, and the two with it. On one thread, since on a busy machine
-    two wait for each other longer than a small layer takes. Runs in the serving environment.
+    choice for FP8 without this plugin, and the two with it. `stock=False` leaves vLLM's own choice
+    out, since at Phi-4's shapes one product can take a minute. On one thread, since on a busy
+    machine two wait for each other longer than a small layer takes. Runs in the serving
+    environment.
     """
     import json
     import subprocess
@@ -20,7 +24,8 @@ def measure(rows: int, columns: int):
     from helpers import WorkbookError, serving
 
     ran = subprocess.run([serving.serve_python(), "-m", "helpers.serve_side.layer_times", str(rows),
-                          str(columns)], capture_output=True, text=True,
+                          str(columns), *([] if stock else [WITHOUT])],
+                         capture_output=True, text=True,
                          env=serving.environment() | {"OMP_NUM_THREADS": "1"})
     if ran.returncode != 0:
         raise WorkbookError("The kernels could not be timed.",
@@ -29,7 +34,7 @@ def measure(rows: int, columns: int):
     return pd.DataFrame(json.loads(ran.stdout.splitlines()[-1]))
 
 
-def _time_layer(rows: int, columns: int) -> list[dict]:
+def _time_layer(rows: int, columns: int, stock: bool) -> list[dict]:
     """The rows of `measure`, in the serving environment's Python."""
     import statistics
     import time
@@ -53,7 +58,7 @@ def _time_layer(rows: int, columns: int) -> list[dict]:
     handler = ops.create_onednn_mm(codes.to(torch.bfloat16).t(), 1)
     found = [{"kernel": "oneDNN", "numerics": "bf16",
               "ms": milliseconds(lambda: ops.onednn_mm(handler, x, None))}]
-    for numerics in ("stock", *cpu_kernels.NUMERICS):
+    for numerics in (*(["stock"] if stock else []), *cpu_kernels.NUMERICS):
         if numerics != "stock":
             os.environ[cpu_kernels.VARIABLE] = numerics
             cpu_kernels.register()
@@ -76,4 +81,4 @@ if __name__ == "__main__":
     import json
     import sys
 
-    print(json.dumps(_time_layer(int(sys.argv[1]), int(sys.argv[2]))))
+    print(json.dumps(_time_layer(int(sys.argv[1]), int(sys.argv[2]), WITHOUT not in sys.argv)))

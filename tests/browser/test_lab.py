@@ -1,6 +1,7 @@
-"""Notebooks 00 and 03 in a real JupyterLab and a real Chromium: every control, both themes.
+"""The notebooks in a real JupyterLab and a real Chromium; 00, 01 and 03 with every control.
 
-`make test-browser` runs this in .venv-browser. The notebooks are copies in build/browser; what a
+All others are opened as they are committed, and not run. `make test-browser` runs this in
+.venv-browser. The notebooks are copies in build/browser; what a
 reader sees is left in build/screenshots.
 """
 
@@ -17,12 +18,13 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 REPO = Path(__file__).resolve().parent.parent.parent
 PLACE, SCREENSHOTS = REPO / "build" / "browser", REPO / "build" / "screenshots"
 RUN_LIMIT = 300  # seconds for a notebook; 03 takes about one minute on two quiet cores
-NAMES = ("00_start_here", "03_inspect_the_scales")
+NAMES = ("00_start_here", "01_load_phi4", "03_inspect_the_scales")  # run, and turned
+EVERY = sorted(path.stem for path in (REPO / "notebooks").glob("*.ipynb"))
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +41,8 @@ def lab():
             if cell["cell_type"] == "code":
                 cell |= {"outputs": [], "execution_count": None}
         (PLACE / "notebooks" / f"{name}.ipynb").write_text(json.dumps(blank))
+    shutil.copytree(REPO / "notebooks", PLACE / "notebooks" / "committed",
+                    ignore=shutil.ignore_patterns(".*", "__pycache__"))
     token = secrets.token_urlsafe(24)
     own = {f"JUPYTER_{kind}_DIR": str(PLACE / kind.lower()) for kind in ("CONFIG", "DATA",
                                                                          "RUNTIME")}
@@ -72,27 +76,11 @@ def address(server: subprocess.Popen) -> str:
     raise AssertionError("JupyterLab did not answer within a minute")
 
 
-@pytest.fixture(scope="session")
-def chromium():
-    # A sandbox needs rights that root in a container lacks; only our own pages are opened.
-    flags = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=os.environ["CHROMIUM"], args=flags)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture(scope="module", params=NAMES)
 def page(request, lab, chromium):
     """A notebook, opened with the token and run to its end by the Run menu."""
     (url, token), name = lab, request.param
-    page = chromium.new_page(viewport={"width": 1440, "height": 900})
-    page.name, page.complaints, page.foreign = name, [], []
-    page.on("console", lambda said: said.type == "error" and page.complaints.append(
-        f"{said.text} ({said.location.get('url')})"))
-    page.on("pageerror", lambda error: page.complaints.append(str(error)))
-    page.on("request", lambda request: request.url.startswith(("http", "ws"))
-            and not request.url.startswith(url) and page.foreign.append(request.url))
+    page = watched(chromium, url, name)
     # A workspace of its own: the other notebook's tab would be opened again beside it.
     page.goto(f"{url}lab/workspaces/{name}/tree/{name}.ipynb?token={token}")
     page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=60_000)
@@ -104,6 +92,18 @@ def page(request, lab, chromium):
     idle(page)
     yield page
     page.close()
+
+
+def watched(chromium, url: str, name: str):
+    """A new page that keeps what its console complains of and what it asks of other places."""
+    page = chromium.new_page(viewport={"width": 1440, "height": 900})
+    page.name, page.complaints, page.foreign = name, [], []
+    page.on("console", lambda said: said.type == "error" and page.complaints.append(
+        f"{said.text} ({said.location.get('url')})"))
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.on("request", lambda request: request.url.startswith(("http", "ws"))
+            and not request.url.startswith(url) and page.foreign.append(request.url))
+    return page
 
 
 def idle(page) -> None:
@@ -118,7 +118,8 @@ def menu(page, *path: str) -> None:
         page.locator(".lm-Menu-item", has_text=re.compile(f"^{re.escape(entry)}")).first.click()
 
 
-START_HERE, SCALES = (pytest.mark.parametrize("page", [name], indirect=True) for name in NAMES)
+START_HERE, LOAD, SCALES = (pytest.mark.parametrize("page", [name], indirect=True)
+                            for name in NAMES)
 
 
 def explorer(page):
@@ -168,6 +169,27 @@ def test_the_slider_moves_the_scale(page, key, says):
 
 
 @START_HERE
+def test_a_task_is_answered_wrong_hinted_and_answered_right(page):
+    """Typed into its cell, as a learner does; the notebook's other cells are left alone."""
+    cell = page.locator(".jp-CodeCell").filter(has_text="check.scale_per_channel(answer)").first
+    empty = "\n".join(cell.locator(".cm-line").all_text_contents())
+    call = 'check.hint("scale_per_channel")'
+    wrong = empty.replace("...", "return weights.abs().max() / 448")
+    right = empty.replace("...", "return weights.abs().amax(dim=1) / 448")
+    for name, code, says in (
+            ("wrong", wrong, "This is one scale for the whole tensor."),
+            ("hinted", wrong.replace(f"# {call}", call), "Hint 1 of 3: "),
+            ("right", right, "Right. ")):
+        cell.locator(".cm-content").click()
+        page.keyboard.press("ControlOrMeta+a")
+        page.keyboard.insert_text(code)
+        page.keyboard.press("Shift+Enter")
+        expect(cell.locator(".jp-OutputArea")).to_contain_text(says, timeout=60_000)
+        page.wait_for_timeout(1000)  # cells that come into sight are laid out, and move this one
+        cell.screenshot(path=SCREENSHOTS / f"{page.name}-task-{name}.png")
+
+
+@LOAD
 def test_the_menu_of_gpus_changes_sentence_and_table(page):
     cell = page.locator(".jp-CodeCell").filter(has_text="widgets.gpu_menu()")
     sentence, table = cell.locator(".widget-html-content"), cell.locator("table")
@@ -265,3 +287,19 @@ def test_text_is_readable_in_both_themes_and_nothing_is_cut_off(page, theme):
 def test_nothing_complained_and_nothing_left_this_machine(page):
     assert page.complaints == []
     assert page.foreign == []
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_notebook_opens(lab, chromium, name):
+    """Its title, its first cells in a picture, nothing complained of, nothing fetched elsewhere."""
+    url, token = lab
+    page = watched(chromium, url, name)
+    page.goto(f"{url}lab/workspaces/open-{name}/tree/committed/{name}.ipynb?token={token}",
+              wait_until="domcontentloaded", timeout=60_000)
+    source = json.loads((REPO / "notebooks" / f"{name}.ipynb").read_text())["cells"][0]["source"]
+    title = "".join(source).splitlines()[0].removeprefix("# ")
+    heading = page.locator(".jp-Notebook .jp-MarkdownOutput h1").first
+    expect(heading).to_contain_text(title, timeout=60_000)
+    page.screenshot(path=SCREENSHOTS / f"{name}-opened.png")
+    assert page.complaints == [] and page.foreign == []
+    page.close()

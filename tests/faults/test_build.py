@@ -1,5 +1,6 @@
 """Faults of running the notebooks: a build/ that is full, closed, or holds what is no notebook."""
 
+import book
 import nbformat
 import pytest
 import run_notebooks
@@ -31,14 +32,16 @@ def test_a_full_disk(places, capsys, happened):
     happened(said)
 
 
-@pytest.mark.fault("the disk fills up when the page of all notebooks is written")
-def test_a_full_disk_for_the_page(places, monkeypatch, happened):
-    with mounted(places / "build", "size=128k") as build:
-        (build / "workbook.html").write_text("the last page")
+@pytest.mark.fault("the disk fills up when the book is made")
+@pytest.mark.parametrize("size", ["200k", "600k"], ids=["its sources", "its pages"])
+def test_a_full_disk_for_the_book(places, size, happened):
+    with mounted(places / "build", f"size={size}") as build:
+        (build / "book").mkdir()
+        (build / "book" / "index.html").write_text("the last book")
         with pytest.raises(run_notebooks.NotebookStopped, match="No space left on device") as said:
-            run_notebooks.write(build / "workbook.html", "y" * 10**6)
-        assert (build / "workbook.html").read_text() == "the last page"
-        assert [file.name for file in build.iterdir()] == ["workbook.html"]
+            book.build([places / "notebooks" / "00_a.ipynb"], build / "book")
+        assert (build / "book" / "index.html").read_text() == "the last book"
+        assert [file.name for file in build.iterdir()] == ["book"]
     happened(said.value)
 
 
@@ -73,5 +76,5 @@ def test_a_torn_notebook_of_an_earlier_run(places, happened):
         new_output("stream", text="words")])]))
     torn.write_text(text[:-40])
     with pytest.raises(run_notebooks.NotebookStopped, match="01_b.ipynb cannot be read") as said:
-        run_notebooks.page([torn])
+        book.build([torn], places / "build" / "book")
     happened(said.value)

@@ -20,6 +20,7 @@ import yaml
 
 from helpers import (
     WorkbookError,
+    address,
     client,
     deployment,
     divergence,
@@ -156,7 +157,7 @@ def test_a_deployed_server_asks_for_the_key(tiny_base, tmp_path, happened):
         "    ServeSubcommand().subparser_init(parser.add_subparsers())\n"
         "    ServeSubcommand.cmd(parser.parse_args())\n")
     (tmp_path / "vllm").chmod(0o755)
-    port, key = serving._free_port(), "a key of one's own"
+    port, key = address.free_port(()), "a key of one's own"
     served = deployment.Deployment(tiny_base.path, "mine", 2048, 7_000_000)
     words = shlex.split(deployment.docker_run(served))
     guard = next(word for word in words if word.startswith("KEY_GUARD="))
@@ -231,7 +232,7 @@ def test_a_websocket_asks_for_the_key(headers, passes, monkeypatch, happened):
 @pytest.mark.fault("another program takes the port while vLLM starts")
 def test_a_stranger_on_the_port_does_not_get_the_key(tmp_workspace, tiny_base, stranger,
                                                      monkeypatch, happened):
-    monkeypatch.setattr(serving, "_free_port", lambda: stranger.server_port)
+    monkeypatch.setattr(address, "free_port", lambda taken: stranger.server_port)
     with pytest.raises(WorkbookError, match="stopped while starting") as said:
         serving.VllmServer(tiny_base, flags()).start()
     assert stranger.seen and not any("Authorization" in each for each in stranger.seen)

@@ -8,14 +8,24 @@ import subprocess
 import sys
 import threading
 
+import book
 import nbformat
 import pytest
-import run_notebooks
 from bs4 import BeautifulSoup
-from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from small_disk import mounted
 
-from helpers import WorkbookError, card, course, ledger, ledger_row, models, report, workspace
+from helpers import (
+    WorkbookError,
+    card,
+    course,
+    ledger,
+    ledger_row,
+    models,
+    report,
+    verdicts,
+    workspace,
+)
 
 REPO = workspace.repo()
 MODEL = models.model_info(models.PHI4)
@@ -78,36 +88,42 @@ def hostile_rows(file, text: str) -> list[dict]:
     return rows
 
 
-def body_of_page(folder, texts: list[str]) -> BeautifulSoup:
+def body_in_book(folder, texts: list[str]) -> BeautifulSoup:
     """The page of a notebook that shows such rows in every way that the workbook does."""
     folder.mkdir()
     outputs = []
     for text in texts:
         rows = hostile_rows(folder / "ledger.jsonl", text)
         table = report.measured_beside_published(rows)
+        here = verdicts.of_this_machine(models.PHI4, rows)
         made = str(card.model_card(models.PHI4, rows)).partition("\n---\n")[2]
         outputs += [{"text/markdown": made},
                     {"text/markdown": table.map(ledger_row.as_markdown).to_markdown()},
                     {"text/html": table._repr_html_()},
+                    {"text/markdown": here.map(ledger_row.as_markdown).to_markdown()},
+                    {"text/html": here._repr_html_()},
                     {"text/html": ledger.table(rows)._repr_html_()}]
-    nb = new_notebook(cells=[new_code_cell("show()", outputs=[
-        new_output("display_data", data=data) for data in outputs])])
-    nbformat.write(nb, folder / "00_a.ipynb")
-    return BeautifulSoup(run_notebooks.page([folder / "00_a.ipynb"]), "html.parser").body
+    cells = [new_markdown_cell("# Rows")] + [
+        new_code_cell("show()", outputs=[new_output("display_data", data=data)])
+        for data in outputs]
+    nbformat.write(new_notebook(cells=cells), folder / "00_a.ipynb")
+    book.build([folder / "00_a.ipynb"], folder / "book")
+    page = (folder / "book" / "notebooks" / "00_a.html").read_text()
+    return BeautifulSoup(page, "html.parser").body
 
 
-@pytest.mark.fault("markup in a ledger's row, on the page of all notebooks")
+@pytest.mark.fault("markup in a ledger's row, in the book of the notebooks")
 def test_a_row_is_never_markup(tmp_path, monkeypatch, happened):
     """The page has the elements that it has for plain words, and no attribute says "evil"."""
     monkeypatch.setenv("PHI4_FP8_PROFILE", "tiny-phi4")
     course.open_course()  # as every notebook does; it sets how tables are shown
-    hostile = body_of_page(tmp_path / "hostile", HOSTILE)
-    plain = body_of_page(tmp_path / "plain", ["plain words"])
+    hostile = body_in_book(tmp_path / "hostile", HOSTILE)
+    plain = body_in_book(tmp_path / "plain", ["plain words"])
 
     def elements(body: BeautifulSoup) -> list[list[str]]:
-        """Of every output, the names of its elements; code is how a text is shown as it is."""
-        return [[tag.name for tag in output.find_all(True) if tag.name != "code"]
-                for output in body.find_all(class_="jp-OutputArea-output")]
+        """Of every output, the names of its elements but those of code, how a text is shown."""
+        return [[tag.name for tag in output.find_all(True) if tag.name not in ("code", "span")]
+                for output in body.find_all(class_="cell_output")]
 
     assert elements(hostile) == elements(plain) * len(HOSTILE)
     assert hostile.get_text().count("evil") >= 10 * len(HOSTILE)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -257,17 +258,19 @@ def test_a_second_start(fp8_server, happened):
 
 
 @pytest.mark.slow
-@pytest.mark.fault("Stop is pressed while a server starts")
-def test_interrupted_while_starting(tmp_workspace, tiny_base, monkeypatch, happened):
+@pytest.mark.fault("Stop is pressed while servers start")
+@pytest.mark.parametrize("count", [1, 2], ids=["one", "a pair"])
+def test_interrupted_while_starting(count, tmp_workspace, tiny_base, monkeypatch, happened):
     def pressed(text):
-        if len(serving.processes(server)) > 1 and "starting the engine" in text:
+        if all(len(serving.processes(server)) > 1 for server in starting):
             raise KeyboardInterrupt
 
-    server = serving.VllmServer(tiny_base, flags())
+    starting = [serving.VllmServer(tiny_base, flags()) for _ in range(count)]
     monkeypatch.setattr(serving.Progress, "show", lambda self, text: pressed(text))
     with pytest.raises(KeyboardInterrupt):
-        server.start()
-    assert not serving.processes(server)
+        serving.start_together(starting)
+    assert all(server.session for server in starting)
+    assert not any(serving.processes(server) for server in starting)
     happened("no process is left")
 
 
@@ -363,3 +366,21 @@ def test_a_broken_config(tmp_path, tmp_workspace, tiny_base, happened):
         serving.VllmServer(checkpoint.verified(model), flags()).start()
     assert "no-such-act" in said.value.meaning
     happened(f"{said.value.what} {said.value.meaning}")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("logprobs are asked for, and there is no C++ compiler")
+def test_no_compiler(tmp_path, tmp_workspace, tiny_base, happened):
+    if hardware.serving_mode(hardware.detect()).device != "cpu":
+        pytest.skip("on a GPU a compiler is asked for at set-up")
+    (tmp_path / "bin").mkdir()
+    for tool in ("lscpu", "uname", "sh"):  # vLLM asks the first for the cores
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    env = {"PATH": str(tmp_path / "bin"), "CXX": "g++", "CC": "gcc",
+           "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    with serving.VllmServer(tiny_base, flags(), env=env) as server:
+        answer = server.post("/v1/completions", {"prompt": "Question:", "max_tokens": 4,
+                                                 "temperature": 0, "logprobs": 2})
+    assert len(answer["choices"][0]["logprobs"]["token_logprobs"]) == 4
+    assert not list((tmp_path / "compiled").rglob("*.so"))
+    happened("they are answered, and nothing is compiled")

@@ -19,9 +19,12 @@ from helpers import (
     hardware,
     ledger,
     models,
+    phi4_slice,
     roofline,
     server_log,
     serving,
+    slice_speed,
+    throughput,
     workspace,
 )
 
@@ -243,3 +246,20 @@ def test_phi4_is_served_by_forced_marlin_too(tensor_cores, speed):
     seconds, forced = speed("fp8", *serving.MARLIN)
     assert (own != MARLIN, forced) == (True, MARLIN)
     assert seconds.keys() == WORK.keys()
+
+
+def test_the_slice_of_phi4_is_made_served_and_measured(gpu, tmp_workspace):
+    """What notebook 07 does with it, in all arms of this GPU: 8 bits are faster at one stream."""
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    machine = hardware.detect()
+    mode = hardware.serving_mode(machine)
+    part = phi4_slice.choose(machine, mode)
+    recipe = QuantizationModifier(targets="Linear", scheme="FP8_DYNAMIC", ignore=["lm_head"])
+    with phi4_slice.made(part, {"fp8": recipe}) as copies:
+        rounds = slice_speed.measure(part, copies, machine, mode)
+    ratios = throughput.ratios(rounds).set_index(["arm", "work"])["ratio"]
+    print(part.why, ratios, sep="\n")
+    for arm in list(phi4_slice.arms(mode))[1:]:
+        assert 1 < ratios[arm, "1 stream"] < 2
+    assert throughput.kernel(rounds, phi4_slice.CARDS) == MARLIN

@@ -1,6 +1,6 @@
 """SmolLM2 out of its package: the conversion against gguf's own reading, and what is told of it.
 
-`make test-smollm2`, after notebooks 01 to 04 have run on it in the same workspace.
+`make test-smollm2`, after notebooks 01 to 05 have run on it in the same workspace.
 """
 
 import math
