@@ -27,6 +27,7 @@ STYLE = """
 .content { width: min(60em, 100%); box-sizing: border-box }  /* code of 100 columns */
 .main, .content, .article-container { min-width: 0 }
 .text_html { overflow-x: auto }
+.cell_output pre { white-space: pre-wrap }
 .text_html table { border-collapse: collapse; font-size: 0.8em }
 .text_html table, .text_html th, .text_html td { border: 1px solid var(--color-background-border) }
 .text_html th, .text_html td { padding: 0.25em 0.5em; vertical-align: top }
