@@ -97,9 +97,11 @@ def with_links(source: str, page: str, pages: set[str], folder: Path) -> str:
         if target.startswith("..") or target.endswith(".ipynb") or not (REPO / target).is_file():
             return match[1]
         pages.add(target)
-        text = (REPO / target).read_text()
-        is_page = target.endswith(".md")
-        write(folder / target, with_links(text, target, pages, folder) if is_page else text)
+        if target.endswith(".md"):
+            write(folder / target, with_links((REPO / target).read_text(), target, pages, folder))
+        else:
+            (folder / target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(REPO / target, folder / target)
         return match[0]
 
     return LINK.sub(kept, source)
