@@ -88,11 +88,11 @@ def packed_product(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     | Intel with AMX                               | 2.7 | 1.4 | 1.4  | 1.2  | 0.84 |      | 0.60 |
     | Zen 5, blocks of 256 rows unpacked by shifts | 0.2 | 0.3 | 0.40 | 0.36 | 0.59 | 0.66 | 0.79 |
 
-    The last row is what was tried instead: sign, exponent and mantissa moved into bf16's places (the
-    value times 2^-120), a block at a time, and oneDNN's product of that. It reaches 0.9 nowhere, and
-    needs the codes in the file's order beside the packed ones, together as many bytes as bf16's
-    weights. torch's own cast of a block is slower still (0.39 at 512). So it was left: for
-    arithmetic on a CPU there is INT8 W8A8.
+    The last row is what was tried instead: sign, exponent and mantissa moved into bf16's places
+    (the value times 2^-120), a block at a time, and oneDNN's product of that. It reaches 0.9
+    nowhere, and needs the codes in the file's order beside the packed ones, together as many bytes
+    as bf16's weights. torch's own cast of a block is slower still (0.39 at 512). So it was left:
+    for arithmetic on a CPU there is INT8 W8A8.
     """
     import torch
 
