@@ -79,12 +79,12 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 def packed_product(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     """x [M, K] times packed codes [N, K], no scale: [M, N] in x's dtype, summed in float32.
 
-    For every M, though it is slow for many. Its time over oneDNN's bf16 product, 5120 x 17920, two
-    threads (1 over it, so that more is faster):
+    For every M, though it is slow for many. Its speed over that of oneDNN's bf16 product (above 1:
+    faster), for 5120 x 17920 and two threads:
 
     | M                                            | 1   | 4   | 8    | 16   | 64   | 128  | 512  |
     |----------------------------------------------|-----|-----|------|------|------|------|------|
-    | Zen 5, AVX512-BF16, medians of 7 in turn      | 1.6 | 2.0 | 0.44 | 0.27 | 0.20 | 0.18 | 0.18 |
+    | Zen 5, AVX512-BF16, medians of 7 in turn     | 1.6 | 2.0 | 0.44 | 0.27 | 0.20 | 0.18 | 0.18 |
     | Intel with AMX                               | 2.7 | 1.4 | 1.4  | 1.2  | 0.84 |      | 0.60 |
     | Zen 5, blocks of 256 rows unpacked by shifts | 0.2 | 0.3 | 0.40 | 0.36 | 0.59 | 0.66 | 0.79 |
 
