@@ -2,9 +2,9 @@
 
 A product of two E4M3 numbers is exact; the sum is not. Hopper aligns 32 products and the running
 sum to the largest exponent among them, cuts each at 13 bits below it, adds, and cuts the sum at 13
-bits again: "about 14 bits" in DeepSeek-V3 (https://arxiv.org/abs/2412.19437, section 3.3.2),
-measured by Khattak and Mikaitis (https://arxiv.org/abs/2512.07004). "Fast" accumulation keeps one
-such sum over all of K; "slow" moves it to a float32 register after every 128 products.
+bits again: "about 14 bits" in DeepSeek-V3 (https://arxiv.org/abs/2412.19437, sections 3.3.2 and
+3.5.2), measured by Khattak and Mikaitis (https://arxiv.org/abs/2512.07004). "Fast" accumulation
+keeps one such sum over all of K; "slow" moves it to a float32 register after every 128 products.
 
 vLLM 0.32 accumulates fast on Hopper: every kernel in
 csrc/.../w8a8/cutlass/c3x/scaled_mm_sm90_fp8_dispatch.cuh is of a schedule whose name ends in
@@ -135,6 +135,6 @@ def arms(model: PreTrainedModel, ways: tuple[str, ...] = ("exact", "slow", "fast
 def measured(part: str) -> formats.Losses:
     """The kept figures of `arms` on the bundled model.
 
-    `part`: "its own K", or "Phi-4's K", where `repeat` makes every sum 20 times as long.
+    `part`: "its own K", or "repeated", where `repeat` makes every sum 20 times as long.
     """
     return formats.Losses(**json.loads(MEASURED.read_text())[part])

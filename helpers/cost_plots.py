@@ -97,7 +97,7 @@ def outlier_modules(tables: dict[str, DataFrame]) -> None:
         axis.axhline(0, color="black", lw=0.8)
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_xlabel("largest feature / median feature of the module's input")
+        axis.set_xlabel("largest / median feature of the module's input, in its median token")
         axis.set_ylabel("E4M3's SQNR less INT8's, dB")
         axis.set_title(f"Scales {scope}: above the line E4M3 is better", loc="left", fontsize=11)
     axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

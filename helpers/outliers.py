@@ -31,13 +31,14 @@ def table(model: PreTrainedModel, fp8: Checkpoint, ids: Tensor) -> DataFrame:
 
     `ids`: int64 [1, tokens]. "weight scales" is the largest output channel's scale over the
     smallest's, from the FP8 checkpoint; "tokens" is the amax of the loudest token of the module's
-    input over the quietest's; "features" is the amax of the input's largest feature over the
-    median feature's.
+    input over the quietest's; "features" is the input's largest feature over
+    the median one, each by its median magnitude over the tokens: a feature that is loud in one
+    token alone (a massive activation) is not large by it.
     """
     import pandas as pd
 
     by_token = ablation.observe(model, ids, lambda x: x.abs().amax(dim=1))
-    by_feature = ablation.observe(model, ids, lambda x: x.abs().amax(dim=0))
+    by_feature = ablation.observe(model, ids, lambda x: x.abs().median(dim=0).values)
     rows = {}
     for name, tokens in by_token.items():
         scales = checkpoint.read_tensor(fp8, f"{name}.weight_scale").float()

@@ -223,7 +223,7 @@ def throughput_rounds(speed: DataFrame) -> None:
         return
     ratio = stats.ratio_by_round(speed["fp8"], speed["bf16"])
     axis.axhspan(ratio.low, ratio.high, color=FP8, alpha=0.15, lw=0,
-                 label="95 % interval of the median")
+                 label="range of the rounds")
     axis.axhline(ratio.value, color=FP8, lw=1, ls=":", label="median")
     axis.plot(speed.index, speed["fp8"] / speed["bf16"], "o", color=FP8, label="one round")
     axis.axhline(1, color=BF16, lw=1)

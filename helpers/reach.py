@@ -92,17 +92,17 @@ def crossing(table: DataFrame, scope: str) -> float | None:
 def modules(model: PreTrainedModel, ids: Tensor) -> DataFrame:
     """Every quantized Linear on one text: a DataFrame, index module, in the model's order.
 
-    "features": the amax of the input's largest feature over the median feature's. The columns of
-    `TITLES`: the median token's SQNR in dB, the inputs rounded and the weights as they are.
+    "features": the input's largest feature over the median one, as in `outliers.table`. The columns
+    of `TITLES`: the median token's SQNR in dB, the inputs rounded and the weights as they are.
     """
     import pandas as pd
 
     rows = {}
     for name, x in ablation.observe(model, ids, lambda x: x).items():
-        peaks = x.abs().amax(dim=0)
+        features = x.abs().median(dim=0).values
         weight = model.get_submodule(name).weight.detach()
         rows[name.removeprefix("model.layers.")] = {
-            "features": float(peaks.max() / peaks.median())} | {
+            "features": float(features.max() / features.median())} | {
             title: float(token_sqnr(x, weight, *key).median()) for key, title in TITLES.items()}
     return pd.DataFrame(rows).T
 

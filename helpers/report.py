@@ -3,20 +3,17 @@
 First what this machine shows of FP8 (`helpers.verdicts` has the rules), then measured beside
 published. A published figure gets the verdict "agrees" or "differs" only where the work was the
 same; those that were not measured share one line, which says how many they are and how to get them.
-`python -m helpers.report` prints both; with `--readme` it rewrites the README's results from
-`data/measured`.
+`python -m helpers.report` prints both.
 """
 
 import sys
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
 from helpers import (
     WorkbookError,
-    cpu_bench,
     hardware,
     ledger,
     ledger_row,
@@ -25,7 +22,6 @@ from helpers import (
     slice_speed,
     stats,
     verdicts,
-    workspace,
 )
 
 if TYPE_CHECKING:
@@ -188,63 +184,9 @@ def _verdict(row: dict | None, claim: dict) -> str:
     return "agrees" if inside else "differs"
 
 
-def readme_results() -> str:
-    """The README's results as Markdown, from the ledgers committed under `data/measured`."""
-    machines: dict[str, list[Path]] = {}
-    for file in sorted(set(workspace.data("measured").glob("*.jsonl")) - {cpu_bench.RECORDED}):
-        for last in ledger.read(file)[-1:]:
-            vllm, compressor = (ledger_row.as_markdown(last["versions"].get(name, "unknown"))
-                                for name in ("vllm", "llmcompressor"))
-            title = (f"{ledger_row.as_markdown(ledger_row.device(last))} (vLLM {vllm}, "
-                     f"llmcompressor {compressor})")
-            machines.setdefault(title, []).append(file)
-    return "\n\n".join(
-        f"On {title}, from " + " and ".join(
-            f"[`{file.name}`](data/measured/{file.name})" for file in files) + ":\n\n"
-        + _as_markdown(ledger.merge(files)) for title, files in machines.items())
-
-
-def _as_markdown(rows: list[dict]) -> str:
-    """Both closing tables of one machine's rows, verdicts for each profile that is known."""
-    names = {row["model"]["profile"] for row in rows}
-    known = (models.PHI4, models.PHI4_MINI, models.SMOLLM2, models.tiny())
-    beside = measured_beside_published(rows)
-    tables = {f"Of {each.title}:": verdicts.of_this_machine(each, rows)
-              for each in known if each.name in names}
-    if len(same := compared(beside)):
-        tables["Of what was published:"] = same
-    parts = [f"{title}\n\n{table.map(ledger_row.as_markdown).to_markdown(index=False)}"
-             for title, table in tables.items()]
-    return "\n\n".join([*parts, left_over(beside)]).strip()
-
-
-def readme_bench() -> str:
-    """The README's figures of FP8 on CPUs as Markdown, from the runs that were recorded."""
-    rows, name = ledger.read(cpu_bench.RECORDED), cpu_bench.RECORDED.name
-    runs = {ledger_row.device(row): row["time"][:10] for row in rows}
-    return ("On " + " and on ".join(f"{machine} ({day})" for machine, day in runs.items())
-            + f", vLLM {rows[-1]['versions']['vllm']}, medians of {rows[-1]['work']['rounds']} "
-            f"rounds from [`{name}`](data/measured/{name}):\n\n"
-            + cpu_bench.table(cpu_bench.records(rows)).to_markdown(index=False))
-
-
-def write_readme() -> None:
-    """Put `readme_results` and `readme_bench` between the README's markers."""
-    readme = workspace.repo() / "README.md"
-    text = readme.read_text()
-    for name, block in (("results", readme_results()), ("bench", readme_bench())):
-        head, rest = text.split(f"<!-- {name} -->\n")
-        _, tail = rest.split(f"<!-- /{name} -->")
-        text = f"{head}<!-- {name} -->\n{block}\n<!-- /{name} -->{tail}"
-    readme.write_text(text)
-
-
-def main(arguments: list[str]) -> int:
-    """Print the table, or rewrite the README's with `--readme`."""
+def main() -> int:
+    """Print both tables."""
     try:
-        if arguments == ["--readme"]:
-            write_readme()
-            return 0
         profile = models.choose(hardware.detect())
         here = verdicts.of_this_machine(profile)
         beside = measured_beside_published(profile=profile.name)
@@ -269,4 +211,4 @@ def _grid(table: "pd.DataFrame", widths: list[int]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

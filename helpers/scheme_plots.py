@@ -82,8 +82,8 @@ def kl_against_speed(table: DataFrame, speed: DataFrame, model: str) -> None:
         for work, ratio in found.items():
             axis.plot(ratio, kl, MARKERS[works.index(work)], color=colour)
     axis.axvline(1, color=BF16, lw=1, ls="--")
-    axis.annotate("as fast as bf16", (1, 1), xycoords=("data", "axes fraction"), xytext=(-4, -4),
-                  textcoords="offset points", rotation=90, ha="right", va="top", color=BF16)
+    axis.annotate("as fast as bf16", (1, 0.6), xycoords=("data", "axes fraction"), xytext=(-4, 0),
+                  textcoords="offset points", rotation=90, ha="right", va="center", color=BF16)
     for work, marker in zip(works, MARKERS, strict=True):
         axis.plot([], [], marker, color="black", label=work)
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

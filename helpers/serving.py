@@ -23,9 +23,9 @@ from helpers import WorkbookError, address, checkpoint, client, server_log, work
 from helpers.checkpoint import Checkpoint
 from helpers.endpoint import Endpoint, checked_name
 from helpers.progress import Progress
-from helpers.serve_side.supervisor import GRACE
 
 STARTUP_TIMEOUT = 1800  # seconds; Phi-4 in bf16 from a slow disk, compiled, takes several minutes
+GRACE = 4  # seconds that vLLM has to end by itself before it is killed
 
 MAX_STREAMS = {"cpu": 16, "cuda": 64}  # requests that a server answers at once, by device
 
@@ -204,7 +204,7 @@ class VllmServer(Endpoint):
             env.setdefault("TORCH_COMPILE_DISABLE", "1")
         return subprocess.Popen(
             [sys.executable, "-m", "helpers.serve_side.supervisor", str(os.getpid()),
-             str(self.log_path), *self.command(port)],
+             str(GRACE), str(self.log_path), *self.command(port)],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             env=env, cwd=workspace.repo(), start_new_session=True,
         )

@@ -43,7 +43,7 @@ def ratios(found: DataFrame, ceiling: float, expected: Mapping[str, float] | Non
     axis.set_ylabel("tokens/s over bf16's, same round")
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axis.set_title(_finding(found, works), loc="left")
-    plots.show(figure, "Speed over bf16's with 95 % intervals. " + "; ".join(
+    plots.show(figure, "Speed over bf16's, median and range of the rounds. " + "; ".join(
         f"{row['arm']}, {row['work']}: {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
         for row in found.to_dict("records") if row["arm"] != "bf16")
         + f". The ceiling is {ceiling:.2f}.")

@@ -167,11 +167,9 @@ def brief(ratio: Interval) -> str:
 
 
 def in_words(ratio: Interval) -> str:
-    """A ratio as `brief` writes it, and its interval."""
-    interval = f"95 % interval {ratio.low:.2f} to {ratio.high:.2f}"
-    if spreads(ratio):
-        return f"{brief(ratio)}: the rounds spread too widely to say more ({interval})"
-    return f"{brief(ratio)}, {interval}"
+    """A ratio as `brief` writes it, and its interval in brackets."""
+    both = f"{brief(ratio)} ({ratio.low:.2f} to {ratio.high:.2f})"
+    return f"{both}: the rounds spread too widely to say more" if spreads(ratio) else both
 
 
 def _per_n(n: int | Sequence[int], largest: float,

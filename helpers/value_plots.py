@@ -220,7 +220,7 @@ def outliers(tables: dict[str, DataFrame]) -> None:
     figure, axes = plots.canvas(width=11, height=3.6, columns=3)
     columns = {"weight scales": "largest / smallest\nchannel scale of a weight",
                "tokens": "loudest / quietest token\nof an input",
-               "features": "largest / median feature\nof an input"}
+               "features": "largest / median feature\nof an input, in its median token"}
     for axis, (column, title) in zip(axes, columns.items(), strict=True):
         for (name, table), colour, mark in zip(tables.items(), (BF16, FP8, THIRD), "so^",
                                                strict=False):

@@ -13,13 +13,13 @@ Each row is made from the newest fitting rows of one profile in the ledger, by a
   the questions lost and gained gives p < 0.05. If not, "within the noise" where no more of them
   changed than notebook 06 saw change when bf16 ran again in another batch size; else "not told
   apart".
-- **speed** of one stream, FP8 over bf16 of the same round: "faster" where the 95 % interval of the
+- **speed** of one stream, FP8 over bf16 of the same round: "faster" where the range of the
   ratio lies above 1, "slower" where it lies below, else "not told apart".
 - **the model card's ratio at Phi-4's shapes**: FP8 W8A16 over bf16 on a slice of Phi-4, one stream.
   The card gives 32 and 17 tokens/s, whole numbers, so its ratio lies between 31.5 / 17.5 and
-  32.5 / 16.5. "consistent with 1.88x" where the measured 95 % interval meets that range, "not
-  consistent: lower" or "higher" where it does not; "not told apart" where it meets the range only
-  because the rounds spread so widely (`stats.spreads`) that it would meet nearly any.
+  32.5 / 16.5. "consistent with 1.88x" where the measured range meets that range, "not
+  consistent: lower" or "higher" where it does not; "too spread to say" where it meets the
+  range only because the rounds spread so widely (`stats.spreads`) that it would meet nearly any.
 
 "not measured yet" stands where the ledger has no such row, with the notebook that makes it.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PREDICTED, DIFFERS, APART = "as predicted", "differs", "not told apart"
-NOISE, MISSING = "within the noise", "not measured yet"
+NOISE, MISSING, SPREAD = "within the noise", "not measured yet", "too spread to say"
 ALPHA = 0.05
 # What vLLM 0.32 names in its log for this checkpoint, and what that computes, by serving mode.
 KERNELS = {"gpu-w8a8": ("CutlassFP8ScaledMMLinearKernel", "W8A8"),
@@ -163,7 +163,7 @@ def consistent(measured: stats.Interval) -> str:
         return "not consistent: lower"
     if measured.low > claimed.high:
         return "not consistent: higher"
-    return APART if stats.spreads(measured) else f"consistent with {claimed.value:.2f}x"
+    return SPREAD if stats.spreads(measured) else f"consistent with {claimed.value:.2f}x"
 
 
 def _slice(rows: list[dict]) -> tuple[str, ...]:

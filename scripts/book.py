@@ -27,6 +27,7 @@ STYLE = """
 .content { width: min(60em, 100%); box-sizing: border-box }  /* code of 100 columns */
 .main, .content, .article-container { min-width: 0 }
 .text_html { overflow-x: auto }
+.cell_output pre { white-space: pre-wrap }
 .text_html table { border-collapse: collapse; font-size: 0.8em }
 .text_html table, .text_html th, .text_html td { border: 1px solid var(--color-background-border) }
 .text_html th, .text_html td { padding: 0.25em 0.5em; vertical-align: top }
@@ -96,9 +97,11 @@ def with_links(source: str, page: str, pages: set[str], folder: Path) -> str:
         if target.startswith("..") or target.endswith(".ipynb") or not (REPO / target).is_file():
             return match[1]
         pages.add(target)
-        text = (REPO / target).read_text()
-        is_page = target.endswith(".md")
-        write(folder / target, with_links(text, target, pages, folder) if is_page else text)
+        if target.endswith(".md"):
+            write(folder / target, with_links((REPO / target).read_text(), target, pages, folder))
+        else:
+            (folder / target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(REPO / target, folder / target)
         return match[0]
 
     return LINK.sub(kept, source)

@@ -116,11 +116,14 @@ def make_solutions(only: str = "") -> int:
     On the bundled model, unless PHI4_FP8_PROFILE names another. Raises `NotebookStopped` where a
     cell fails or a check is not convinced by the solution.
     """
+    chosen, tasks = [path for path in sources() if path.name.startswith(only)], 0
+    if not chosen:
+        raise NotebookStopped(f"No notebook begins with {only!r}, so ONLY={only} has nothing to "
+                              "solve. Name one by its number, such as ONLY=06.")
     shutil.rmtree(WORKSPACE, ignore_errors=True)
     shutil.rmtree(SOLUTIONS, ignore_errors=True)
     os.environ["PHI4_FP8_WORKSPACE"] = str(WORKSPACE)
     os.environ.setdefault("PHI4_FP8_PROFILE", "tiny-phi4")
-    chosen, tasks = [path for path in sources() if path.name.startswith(only)], 0
     for i, path in enumerate(chosen, start=1):
         target = SOLUTIONS / path.name
         write(target, nbformat.writes(solved(path)))

@@ -24,7 +24,7 @@ def main() -> None:
         "hardware": f"{machine.cpu_model}, {machine.cores} cores, no GPU: an H100 emulated",
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "mmaemu")},
         "its own K": asdict(formats.measure(model, texts, accumulation.arms(model))),
-        "Phi-4's K": asdict(formats.measure(
+        "repeated": asdict(formats.measure(
             model, texts[:LONG_TEXTS], accumulation.arms(model, ("exact", "fast"), LONG)))}
     workspace.write_json(accumulation.MEASURED, json.loads(
         json.dumps(kept), parse_float=lambda text: float(f"{float(text):.4g}")))

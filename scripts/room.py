@@ -138,9 +138,13 @@ def main(words: list[str]) -> int:
         if words[0] == "hand-in":
             file = room.hand_in(" ".join(words[1:]), HAND_IN)
             print(f"Written: {os.path.relpath(file, REPO)}. It holds your results with the kind of "
-                  "machine, the tasks done, your predictions and the name you gave. Send it to "
-                  "your instructor.")
+                  "machine, the tasks done, your predictions and the name you gave, if any. "
+                  "Send it to your instructor.")
             return 0
+        if not " ".join(words[1:]).strip():
+            raise WorkbookError("No folder of ledgers was named.", "There is nothing to show.",
+                                "Name the folder with what was handed in: "
+                                "make room LEDGERS=folder.")
         folder = workspace.resolved(" ".join(words[1:]))
         handed, refused = room.read_all(folder)
         for file, why in refused:

@@ -143,7 +143,7 @@ def refresh() -> int:
     """Execute all on the bundled model in a workspace of their own, clean them, write them back.
 
     Their ledger becomes `data/measured/cpu-tiny-phi4.jsonl`, how long each took stands beside it,
-    and the README's tables and the guide's follow them.
+    and the README's pictures and tables and the guide's follow them.
     """
     workspace = BUILD / "refresh-workspace"
     shutil.rmtree(workspace, ignore_errors=True)
@@ -164,7 +164,7 @@ def refresh() -> int:
     write(SECONDS, json.dumps({
         "machine": f"{machine.cpu_model}, {machine.cores} cores",
         "date": time.strftime("%Y-%m-%d", time.gmtime()), "seconds": seconds}, indent=1))
-    follow = ([sys.executable, "-m", "helpers.report", "--readme"],
+    follow = ([sys.executable, "-m", "helpers.readme"],
               [sys.executable, REPO / "scripts" / "guide.py"])
     return max(subprocess.run(command, cwd=REPO).returncode for command in follow)
 

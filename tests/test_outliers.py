@@ -42,7 +42,7 @@ def test_each_ratio_is_that_of_the_input_itself(tiny, tiny_fp8, table):
         hook.remove()
     size = seen[0][0].abs()  # [tokens, features]
     tokens = [float(row.max()) for row in size]
-    features = sorted(float(column.max()) for column in size.T)
+    features = sorted(float(column.median()) for column in size.T)
     scale = load_file(tiny_fp8.path / "model.safetensors")[f"{DOWN}.weight_scale"].float()
     row = table.loc["2.mlp.down_proj"]
     assert row["tokens"] == pytest.approx(max(tokens) / min(tokens))

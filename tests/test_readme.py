@@ -1,6 +1,6 @@
 """The README: every number in it has a source, and every place it names is there.
 
-The tables of results and of `make bench-cpu` are `helpers.report`'s, and test_report holds them.
+The pictures and the tables between its markers are `helpers.readme`'s, made from what is kept.
 """
 
 import importlib
@@ -11,7 +11,7 @@ import pytest
 from conftest import REPO
 from environments import CUDA_TORCH, GB, environments
 
-from helpers import hardware, models, preflight
+from helpers import hardware, ledger, models, preflight, readme, verdicts
 
 TEXT = (REPO / "README.md").read_text()
 PROSE = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", TEXT, flags=re.S)
@@ -55,6 +55,27 @@ def facts() -> dict[str, tuple[str, ...]]:
         r"Stock vLLM ([\d.]+) computes": (vllm,),
         r"(\d+) GB of RAM": ("8",),
     }
+
+
+def test_what_is_between_its_markers_follows_from_what_is_kept():
+    blocks = dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n<!-- /\1 -->", TEXT, flags=re.S))
+    assert blocks == {"pictures": readme.pictures(), "results": readme.results(),
+                      "bench": readme.bench()}
+    assert verdicts.MISSING not in blocks["results"]
+    for name, notebook, begins in readme.PICTURES:
+        description, png = readme.picture(notebook, begins)
+        assert png.startswith(b"\x89PNG") and (REPO / "data/measured" / name).read_bytes() == png
+        assert f"![{description}](data/measured/{name})" in blocks["pictures"]
+
+
+def test_the_picture_of_speed_shows_the_ledgers_ratios():
+    description, _ = readme.picture(*readme.PICTURES[0][1:])
+    rows = [row for row in ledger.read(readme.RUN)
+            if row["experiment"] == "slice" and row["arm"] != "bf16"]
+    assert len(rows) == 6
+    for row in rows:
+        figures = (row["metrics"][name] for name in ("ratio", "ratio_low", "ratio_high"))
+        assert "{:.2f} ({:.2f} to {:.2f})".format(*figures) in description
 
 
 def test_every_number_has_its_source():

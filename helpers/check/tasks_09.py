@@ -222,7 +222,7 @@ TASKS = (
           "cache.",
           "10 KV heads; 16,384 positions; \"dynamic\"; six flips; the cache's own type."),
          _card_key, compared(letters, _equal, "Five lines do not hold.", _found,
-                             "Three of them stand in published cards."), material=card),
+                             "Two of them stand in a published card."), material=card),
     Task("red_hats_advice", "09", "medium", 5, "value", "a config's limits",
          ("The context's limit is in config.json, max_position_embeddings.",
           "A layer is dealt out by heads: the 40 query heads and the 10 KV heads have to divide "

@@ -79,12 +79,20 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 def packed_product(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     """x [M, K] times packed codes [N, K], no scale: [M, N] in x's dtype, summed in float32.
 
-    For every M. Unpacking to bf16, whole or by block, and multiplying then was slower up to
-    M = 2048, where it comes within 4 to 10 % (Zen 4, 2 cores, 1536 x 256 to 5120 x 5120): torch
-    unpacks a code in several passes, the op in registers. Against oneDNN's bf16 product this one
-    is 2 to 2.7 times as fast at M = 1 and 5120 x 5120, 0.75 to 0.95 times at M = 8 to 16, where
-    unpacking is all there is to wait for, and 0.9 to 1.0 times from M = 64 on. On Intel with AMX,
-    2 cores, 5120 x 17920: 2.7 times at M = 1, 1.4 at 4 and 8, 1.2 at 16, 0.84 at 64, 0.60 at 512.
+    For every M, though it is slow for many. Its speed over that of oneDNN's bf16 product (above 1:
+    faster), for 5120 x 17920 and two threads:
+
+    | M                                            | 1   | 4   | 8    | 16   | 64   | 128  | 512  |
+    |----------------------------------------------|-----|-----|------|------|------|------|------|
+    | Zen 5, AVX512-BF16, medians of 7 in turn     | 1.6 | 2.0 | 0.44 | 0.27 | 0.20 | 0.18 | 0.18 |
+    | Intel with AMX                               | 2.7 | 1.4 | 1.4  | 1.2  | 0.84 |      | 0.60 |
+    | Zen 5, blocks of 256 rows unpacked by shifts | 0.2 | 0.3 | 0.40 | 0.36 | 0.59 | 0.66 | 0.79 |
+
+    The last row is what was tried instead: sign, exponent and mantissa moved into bf16's places
+    (the value times 2^-120), a block at a time, and oneDNN's product of that. It reaches 0.9
+    nowhere, and needs the codes in the file's order beside the packed ones, together as many bytes
+    as bf16's weights. torch's own cast of a block is slower still (0.39 at 512). So it was left:
+    for arithmetic on a CPU there is INT8 W8A8.
     """
     import torch
 

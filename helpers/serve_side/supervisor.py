@@ -1,8 +1,8 @@
 """The process between a notebook and vLLM: it leaves nothing of vLLM behind, whatever ends first.
 
-The notebook's process starts it (`python -m helpers.serve_side.supervisor PARENT LOG COMMAND ...`)
-in a session of its own. A pipe runs from the notebook to it; when that closes, for whatever
-reason, SIGKILL included, the supervisor ends every process that vLLM started, and itself.
+The notebook's process starts it (`python -m helpers.serve_side.supervisor PARENT GRACE LOG
+COMMAND ...`) in a session of its own. A pipe runs from the notebook to it; when that closes, for
+whatever reason, SIGKILL included, the supervisor ends every process that vLLM started, and itself.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from pathlib import Path
 
 import psutil
 
-GRACE = 4  # seconds that vLLM has to end by itself before it is killed
 
-
-def supervise(parent: int, log_path: str, command: list[str]) -> int:
+def supervise(parent: int, grace: float, log_path: str, command: list[str]) -> int:
     """Run `command` until it ends or the notebook's process, `parent`, is gone; leave nothing.
+
+    `grace`: seconds that vLLM has to end by itself before it is killed.
 
     As a subreaper it inherits vLLM's engine and workers when their own parent dies first, so that
     all of them stay below it and can be found.
@@ -49,7 +49,7 @@ def supervise(parent: int, log_path: str, command: list[str]) -> int:
         if child.poll() is None:
             child.terminate()  # vLLM then ends its own processes, and its shared memory with them
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(timeout=GRACE)
+                child.wait(timeout=grace)
         end_descendants()
     return child.returncode if child.returncode is not None else 1
 
@@ -81,9 +81,9 @@ def end_descendants() -> None:
 
 if __name__ == "__main__":
     try:
-        code = supervise(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
+        code = supervise(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3], sys.argv[4:])
     except Exception as error:  # nobody reads this process's own output
-        with open(sys.argv[2], "a") as log:
+        with open(sys.argv[3], "a") as log:
             log.write(f"{type(error).__name__}: {error}\n")
         raise
     sys.exit(code if code >= 0 else 128 - code)

@@ -92,7 +92,8 @@ def test_no_place_for_the_log(case, tmp_path, monkeypatch, tiny_base, happened):
 def test_a_supervisor_that_fails_says_so(tmp_path, happened):
     log = tmp_path / "log"
     done = subprocess.run(
-        [sys.executable, "-m", "helpers.serve_side.supervisor", str(os.getpid()), log, "/no/vllm"],
+        [sys.executable, "-m", "helpers.serve_side.supervisor", str(os.getpid()), "4", log,
+         "/no/vllm"],
         cwd=workspace.repo(), stdin=subprocess.PIPE, capture_output=True)
     meaning, _ = server_log.explain(log.read_text(), done.returncode)
     assert "No such file or directory: '/no/vllm'" in meaning
