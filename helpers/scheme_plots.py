@@ -64,7 +64,8 @@ def _label(axis, places: dict[str, tuple[float, float]]) -> None:
         height = axis.transData.transform(place)[1] * 72 / axis.figure.dpi  # in points
         lowest = max(height - 4, lowest + 14)
         axis.annotate(title, place, xytext=(9, lowest - height), textcoords="offset points",
-                      color=_colour(title))
+                      color=_colour(title),
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
 
 
 def kl_against_speed(table: DataFrame, speed: DataFrame, model: str) -> None:
