@@ -195,15 +195,17 @@ def last_line(text: str) -> str:
 
 
 def torch_build(uv: Path, environ: dict[str, str], python: Path, gpu: bool) -> list[str]:
-    """uv's arguments for the right build of torch: without a GPU, a CPU build if one can be had.
+    """uv's arguments for the right build of torch.
 
-    First from pip's find-links, then from PyTorch's own index, which uv knows by itself; else
-    PyPI's build, which runs on a CPU as well and is several GB larger.
+    With a GPU: not the CPU build, which uv would prefer where pip's find-links offers it, as its
+    version is the higher one. Without: a CPU build if one can be had, first from pip's find-links,
+    then from PyTorch's own index, which uv knows by itself; else PyPI's build, which runs on a CPU
+    as well and is several GB larger.
     """
-    if gpu:
-        return []
     version = re.search(r"^torch==(\S+)", (REPO / "requirements.txt").read_text(), re.M)[1]
     wanted = f"torch=={version}+cpu"
+    if gpu:
+        return [f"torch!={version}+cpu"]
     quick = dict(environ, UV_HTTP_RETRIES="0", UV_HTTP_TIMEOUT="20")
     for source, flags in (("pip's find-links", []),
                           ("PyTorch's index", ["--torch-backend", "cpu"])):

@@ -251,12 +251,18 @@ def test_the_cpu_build_of_torch_comes_from_find_links_first(tmp_path, capsys):
     python = tmp_path / "empty" / "bin" / "python"
     subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, tmp_path / "empty"],
                    check=True)
-    assert environments.torch_build(uv, environ, python, gpu=True) == []
     assert environments.torch_build(uv, environ, python, gpu=False) == []  # none to be had
     assert "PyPI's build" in capsys.readouterr().out
     wheel(tmp_path, "2.13.0+cpu")
     assert environments.torch_build(uv, environ, python, gpu=False) == ["torch==2.13.0+cpu"]
     assert "find-links" in capsys.readouterr().out
+    # With a GPU uv must not prefer that build, whose version is the higher one.
+    wheel(tmp_path, "2.13.0")
+    told = subprocess.run(
+        [uv, "pip", "install", "--dry-run", "--python", python, "torch==2.13.0",
+         *environments.torch_build(uv, environ, python, gpu=True)], env=environ, check=True,
+        capture_output=True, text=True).stderr
+    assert "torch==2.13.0" in told.splitlines()[-1] and "+cpu" not in told
 
 
 # --- the browser's tests --------------------------------------------------------------------------
