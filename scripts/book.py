@@ -56,12 +56,19 @@ SETTINGS = {
 
 
 def executed() -> list[Path]:
-    """The notebooks that `make run` executed, now or before, in order.
+    """The notebooks that `make run` executed to their end, now or before, in order.
 
-    Where it never ran: those of the project, which hold the outputs of one run on a CPU.
+    Where there is none: those of the project, which hold the outputs of one run on a CPU.
     """
     ran = [BUILD / "notebooks" / path.name for path in notebooks()]
-    return [path for path in ran if path.exists()] or notebooks()
+    return [path for path in ran if path.exists() and ended(read(path))] or notebooks()
+
+
+def ended(nb: NotebookNode) -> bool:
+    """Whether every code cell ran, and none failed: `make run` keeps those that stopped as well."""
+    cells = [cell for cell in nb.cells if cell.cell_type == "code"]
+    return all(cell.execution_count and not any(out.output_type == "error" for out in cell.outputs)
+               for cell in cells)
 
 
 def gather(chosen: list[Path], folder: Path) -> None:

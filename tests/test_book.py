@@ -27,7 +27,8 @@ CONTROL = {
 
 def notebook(folder: Path, name: str, prose: str, *outputs, widgets=None) -> Path:
     nb = new_notebook(cells=[new_markdown_cell(prose),
-                             new_code_cell("show()", outputs=list(outputs))])
+                             new_code_cell("show()", outputs=list(outputs),
+                                           execution_count=1)])
     if widgets:
         nb.metadata["widgets"] = {STATE: {"state": widgets, "version_major": 2}}
     folder.mkdir(exist_ok=True)
@@ -125,6 +126,11 @@ def test_which_notebooks_are_in_it(tmp_path, monkeypatch):
     ran = [notebook(tmp_path / "build" / "notebooks", name, "# A") for name in
            ("01_b.ipynb", "04_gone.ipynb")]
     assert book.executed() == ran[:1]
+    nb = new_notebook(cells=[new_code_cell("1 / 0")])
+    for outputs in ([new_output("error")], []):  # one that failed, one that was stopped
+        nb.cells[0].outputs, nb.cells[0].execution_count = outputs, len(outputs) or None
+        nbformat.write(nb, ran[0])
+        assert book.executed() == of_project
 
 
 def test_the_program_names_it(tmp_path, monkeypatch, capsys):
