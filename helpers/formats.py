@@ -162,10 +162,11 @@ def _beside(true: Tensor, found: Tensor) -> tuple[float, ...]:
 def table(losses: Losses, against: str = RECIPE.name) -> DataFrame:
     """KL of every arm and its difference from one of them, with 95 % intervals over texts.
 
-    A DataFrame, index arm, least KL first. "KL": nats per token, over all tokens. "difference",
-    "low" to "high": this arm's KL less that of `against` on the same texts, with its 95 % interval
-    (`stats.paired_over_texts`). "told apart": "less", "more", or "no" where the interval holds
-    zero; each interval stands for itself. "top-1", "logits, dB": as in `Losses`.
+    A DataFrame, index arm, least KL first. "KL", "KL low" to "KL high": nats per token, over all
+    tokens. "difference", "low" to "high": this arm's KL less that of `against` on the same texts.
+    The intervals are 95 % ones (`stats.paired_over_texts`), and each stands for itself.
+    "told apart": "less", "more", or "no" where the difference's holds zero. "top-1",
+    "logits, dB": as in `Losses`.
     """
     import numpy as np
     import pandas as pd
@@ -175,10 +176,12 @@ def table(losses: Losses, against: str = RECIPE.name) -> DataFrame:
     weights = np.array(losses.tokens)
     rows = {}
     for title, each in losses.kl.items():
+        own = stats.paired_over_texts(np.array(each), np.zeros(len(each)), weights)
         gap = stats.paired_over_texts(np.array(each), np.array(losses.kl[against]), weights)
         rows[title] = {
-            "KL": np.average(each, weights=weights), "difference": gap.value, "low": gap.low,
-            "high": gap.high, "told apart": "-" if title == against else
+            "KL": own.value, "KL low": own.low, "KL high": own.high,
+            "difference": gap.value, "low": gap.low, "high": gap.high,
+            "told apart": "-" if title == against else
             "less" if gap.high < 0 else "more" if gap.low > 0 else "no",
             "top-1": losses.top1[title], "logits, dB": losses.sqnr[title]}
     return pd.DataFrame(rows).T.sort_values("KL").rename_axis("arm").infer_objects()
