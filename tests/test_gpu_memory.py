@@ -3,20 +3,32 @@
 import asyncio
 import gc
 import os
+import re
 import subprocess
 import sys
 import weakref
 from types import SimpleNamespace
 
+import nbformat
 import pynvml
 import pytest
 import torch
+from conftest import REPO
 from jupyter_server.services.contents.filemanager import FileContentsManager
 from jupyter_server.services.kernels.kernelmanager import MappingKernelManager
 from jupyter_server.services.sessions.sessionmanager import SessionManager
+from nbclient import NotebookClient
 from transformers import AutoModelForCausalLM
 
-from helpers import gpu_memory
+from helpers import (
+    WorkbookError,
+    gpu_memory,
+    models,
+    phi4_slice,
+    quantize,
+    roofline,
+    scheme_trials,
+)
 from helpers.hardware import Gpu
 
 A40 = Gpu(0, "NVIDIA A40", 48_305_799_168, (8, 6), "580")
@@ -130,3 +142,73 @@ def test_who_has_not_used_the_gpu_gets_no_context_by_freeing():
             "print('torch' in sys.modules)")
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == "This notebook holds no GPU memory.\nFalse\n"
+
+
+# What loads a model frees it
+
+NOTHING_LEFT = """
+import gc, transformers
+print([type(each).__name__ for each in gc.get_objects()
+       if issubclass(type(each), transformers.PreTrainedModel)])
+"""
+
+
+@pytest.mark.parametrize("name", ["01_load_phi4", "02_quantize_to_fp8"])
+def test_at_a_notebooks_end_no_model_is_left(name, tmp_workspace, monkeypatch):
+    """As it stays open in JupyterLab while vLLM wants the GPU's memory."""
+    monkeypatch.setenv("PHI4_FP8_PROFILE", "tiny-phi4")
+    source = REPO / "notebooks" / f"{name}.ipynb"
+    nb = nbformat.read(source, as_version=4)
+    loads = [cell for cell in nb.cells if "from_pretrained(base.path, dtype" in cell.source]
+    assert loads, "this notebook loads no model any more"
+    nb.cells = [cell for cell in nb.cells  # pictures and tasks take time, and load nothing
+                if not re.search(r"\b(plots|widgets|check)\b", cell.source)]
+    nb.cells.append(nbformat.v4.new_code_cell(NOTHING_LEFT))
+    NotebookClient(nb, kernel_name="python3",
+                   resources={"metadata": {"path": str(source.parent)}}).execute()
+    assert [output["text"] for output in nb.cells[-1].outputs
+            if output.get("name") == "stdout"] == ["[]\n"]
+
+
+@pytest.fixture
+def loaded(monkeypatch) -> list:
+    """Weak references to every model that Transformers has loaded since."""
+    found, load = [], AutoModelForCausalLM.from_pretrained
+
+    def watched(*arguments, **more):
+        model = load(*arguments, **more)
+        found.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    return found
+
+
+@pytest.mark.parametrize("make", [
+    lambda base, place: quantize.fp8_checkpoint(models.tiny(), base),
+    lambda base, place: phi4_slice.quantized(base, quantize.recipe(), place),
+    lambda base, place: scheme_trials.make(base, quantize.recipe(), place)])
+def test_who_quantizes_keeps_no_model(make, loaded, tiny_base, tmp_workspace, tmp_path):
+    """LLM Compressor's session would, and computes on the GPU where there is one."""
+    gc.disable()
+    try:
+        make(tiny_base, tmp_path / "made")
+        assert loaded and not any(each() for each in loaded)
+    finally:
+        gc.enable()
+
+
+def test_the_speed_of_memory_is_measured_in_a_process_of_its_own():
+    """So that neither copies nor a CUDA context stay on the GPU beside the server to come."""
+    code = ("import sys; from helpers import roofline; print(roofline.measured_copy('cpu') > 1e8, "
+            "'torch' in sys.modules)")
+    ran = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert ran.stdout == "True False\n", ran.stderr
+
+
+def test_a_memory_too_full_to_be_measured_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(gpu_memory, "in_the_way", lambda gpus: "Held by 01.")
+    with pytest.raises(WorkbookError, match="could not be measured") as said:
+        roofline.measured_copy("cuda" if not torch.cuda.is_available() else "cuda:99")
+    assert said.value.remedy == "Held by 01. Free 3 GB of it, and run this again."
+    assert "Traceback" not in str(said.value)
