@@ -7,7 +7,6 @@ in 16 bits: the ceiling of the ratio is then Phi-4's own.
 """
 
 import contextlib
-import gc
 import json
 import os
 import shutil
@@ -284,7 +283,6 @@ def quantized(base: Checkpoint, recipe: "QuantizationModifier", place: Path) -> 
     """
     import torch
     from llmcompressor import oneshot
-    from llmcompressor.core import reset_session
     from transformers import AutoModelForCausalLM
 
     with quantize.quiet():
@@ -292,8 +290,7 @@ def quantized(base: Checkpoint, recipe: "QuantizationModifier", place: Path) -> 
         oneshot(model=model, recipe=recipe)
         model.save_pretrained(place, save_compressed=True, max_shard_size=SHARD)
     del model
-    reset_session()  # which keeps the model
-    gc.collect()
+    quantize.forget()
     base.copy_beside(quantize.TOKENIZER_FILES, place)
     workspace.write_manifest(place)
     return checkpoint.just_written(place)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from helpers import (
     WorkbookError,
     checkpoint,
+    gpu_memory,
     hardware,
     identity,
     models,
@@ -92,6 +93,7 @@ def fp8_checkpoint(profile: Profile, base: Checkpoint) -> Checkpoint:
     way = route(base)
     print(way.why)
     made = stream(base, place) if way.streams else save(quantized(base), base, place)
+    forget()
     try:
         verification.verify_fp8(base, made)
     except WorkbookError:
@@ -195,6 +197,17 @@ def save(model: "PreTrainedModel", base: Checkpoint, place: Path) -> Checkpoint:
         used = recipe_in(checkpoint.read_config(partial))
         workspace.write_json(partial / identity.MADE_FROM, asdict(origin(base, used)))
     return checkpoint.just_written(place)
+
+
+def forget() -> None:
+    """Give back the memory of models that no name holds, RAM and the GPU's, after `oneshot`.
+
+    LLM Compressor's session keeps the last model, and where there is a GPU it computes there.
+    """
+    from llmcompressor.core import reset_session
+
+    reset_session()
+    gpu_memory.free()
 
 
 @contextlib.contextmanager

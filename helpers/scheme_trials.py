@@ -111,6 +111,8 @@ def make(base: Checkpoint, recipe: Modifier, place: Path,
         with ablation.threads(model):
             oneshot(model=model, recipe=recipe, **text)
         model.save_pretrained(place, save_compressed=True)
+    del model
+    quantize.forget()
     base.copy_beside(quantize.TOKENIZER_FILES, place)
     workspace.write_manifest(place)
     return checkpoint.just_written(place)
