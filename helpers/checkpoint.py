@@ -33,7 +33,7 @@ CONFIG_TYPES = {name: int for name in (
 class Checkpoint:
     """A directory of safetensors that was verified when it was opened, by `verified`.
 
-    `fingerprint`: one SHA-256 for every byte that a loader reads; `tensors`: the census of its
+    `fingerprint`: one SHA-256 over all files that a loader reads; `tensors`: the census of its
     headers; `config`: config.json; `made_from`: None where the directory does not say.
     """
 
@@ -69,14 +69,14 @@ class Checkpoint:
                                 "Look at the checkpoint's `tensors` for the names there are.")
         self.require_unchanged()
         with safe_open(self.path / self.by_name[name].file, "pt") as shard:
-            self.require_unchanged()  # so this file is one of those, and stays so while it is open
+            self.require_unchanged()  # an open file stays the one it was, whatever replaces it
             yield shard
 
     def copy_beside(self, patterns: Iterable[str], into: Path) -> None:
-        """Copy the files beside the weights whose names match to the folder `into`.
+        """Copy what lies beside the weights, the files whose names match, to the folder `into`.
 
-        Raises `WorkbookError` for a link that leads out of the folder, but for the hub's own, into
-        its cache: what it leads to would be published with the checkpoint.
+        Raises `WorkbookError` for a link that leads out of the folder, because the file behind it
+        would be published with the checkpoint. The links of the hub's cache are allowed.
         """
         here = self.path.resolve()
         for file in [file for pattern in patterns for file in self.path.glob(pattern)]:
@@ -107,7 +107,8 @@ def verified(path: Path) -> Checkpoint:
 
 
 def finished(path: Path) -> Checkpoint:
-    """`verified`, of a directory that must have a manifest, as all have that are made here."""
+    """`verified`, of a directory that must have a manifest (`workspace`: name and SHA-256 of each
+    file, written last), as all have that are made here."""
     if workspace.read_manifest(path) is None:
         workspace.verify(path)  # says that it was never finished
     return verified(path)
@@ -137,7 +138,8 @@ def _opened(path: Path, check_sums: bool) -> Checkpoint:
 def _files(path: Path) -> tuple:
     """Name, inode, size and time of config.json and of each file of weights."""
     found = []
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # a moment before it is there
+    # While another process replaces the directory, it is not there for a moment.
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for file in sorted((path / "config.json", *path.glob("*.safetensors"))):
             stat = file.stat()
             found.append((file.name, stat.st_ino, stat.st_size, stat.st_mtime_ns))
@@ -162,8 +164,8 @@ def _read(path: Path, files: tuple, check_sums: bool) -> Checkpoint:
 def read_config(path: Path) -> dict:
     """A model directory's config.json.
 
-    Raises `WorkbookError` when it is none: not there, no JSON, without `model_type`, or with a
-    value of the wrong type where this workbook computes with it.
+    Raises `WorkbookError` where it is missing, is not JSON, names no `model_type`, or has a value
+    of the wrong type that this workbook computes with.
     """
     remedy = "Name a directory as Transformers' save_pretrained writes it."
     try:
@@ -188,8 +190,8 @@ def read_config(path: Path) -> dict:
 def census(path: Path) -> list[TensorInfo]:
     """Every tensor of the checkpoint directory `path`, in the order of its files.
 
-    Raises `WorkbookError` when there are no safetensors, when the index is none or a shard of it
-    is missing, or when the index and the shards disagree on the tensors.
+    Raises `WorkbookError` when there are no safetensors, when the index cannot be read or names a
+    shard that is missing, or when the index and the shards disagree on the tensors.
     """
     index, placed = path / "model.safetensors.index.json", None
     files = sorted(path.glob("*.safetensors"))

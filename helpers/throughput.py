@@ -49,14 +49,14 @@ class Work:
 
     @property
     def title(self) -> str:
-        """What a table or a plot calls it: a prompt, where nothing is decoded but one token."""
+        """What a table or a plot calls it: "prompt of N" where one token alone is generated."""
         if self.generated_tokens == 1:
             return f"prompt of {self.prompt_tokens}"
         return "1 stream" if self.streams == 1 else f"{self.streams} streams"
 
     @property
     def counted_tokens(self) -> int:
-        """The tokens of tokens per second: generated ones, or the prompts' for a prompt."""
+        """The tokens that its time is spent on: the generated ones, or those of a prompt."""
         each = self.prompt_tokens if self.generated_tokens == 1 else self.generated_tokens
         return self.streams * each
 
@@ -109,8 +109,8 @@ LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "ttft_p99_ms", "itl_p99_ms")
 def tokens_per_second(work: Work, result: BenchResult) -> float:
     """The speed of decoding, all streams together, or of a prompt: what each spends its time on.
 
-    Decoding is counted by TPOT, so without the first token and a request's own costs, which few
-    tokens would have to bear; a prompt by the time to its first token.
+    Decoding is timed by TPOT, which leaves out the first token and each request's own costs: spread
+    over a few tokens these would hide the speed. A prompt is timed by TTFT.
     """
     if work.generated_tokens == 1:
         return 1000 * work.counted_tokens / result.ttft_ms
@@ -121,7 +121,8 @@ def compare(arms: dict[str, Checkpoint], profile: Profile, mode: ServingMode,
             work: list[Work]) -> "pd.DataFrame":
     """Measure a profile's arms `in_turn`; on a CPU all servers run at once where memory allows.
 
-    Where they do not, five rounds of two arms take six starts.
+    Where only one fits, five rounds of two arms take six starts. The speeds that it is compared by
+    are `output_tok_s`, what a user of the server gets, the prompt's time included.
     """
     flags = [*serving.default_flags(profile, mode), *NO_REUSE]
     with benchmark() as measure:
@@ -135,10 +136,11 @@ def in_turn(measure: Measure, of_arm: dict[str, serving.VllmServer], work: Seque
     """Measure every server on all work, in an order that alternates from round to round.
 
     `measure`: a `benchmark`. `of_arm`: the servers; they are started where they are not up, and
-    stopped at the end. `together`: whether all of them run at once; then the arms take turns at
-    each piece of work, so that what is compared lies seconds apart, else only the one that is
-    measured is up, and does all the work of a round. After a server's start each piece of work is
-    run once, with fewer tokens, and the result thrown away.
+    stopped at the end. `together`: whether all of them run at once. If so, the arms take turns at
+    each piece of work, so that what is compared lies seconds apart. If not, only the server that is
+    measured is up, and it does all the work of a round. After a server's start each piece of work
+    is run once, with fewer tokens, and the result thrown away. Raises `WorkbookError` for two
+    pieces of work with one title: a table could not tell them apart.
 
     A table with one row per round, arm and work: round, arm, work (its title), streams,
     prompt_tokens, generated_tokens, kernel, tok_s (`tokens_per_second`), output_tok_s,
@@ -147,6 +149,11 @@ def in_turn(measure: Measure, of_arm: dict[str, serving.VllmServer], work: Seque
     import pandas as pd
     from tqdm.auto import tqdm
 
+    if len({each.title for each in work}) < len(work):
+        raise WorkbookError(
+            f"Two pieces of work have one title: {', '.join(each.title for each in work)}.",
+            "Tables and ratios are made by title, so their figures would be mixed.",
+            "Measure them one after the other, or leave one out.")
     rows, up = [], ()
     try:
         for number, arm, each in tqdm(turns(list(of_arm), work, together),

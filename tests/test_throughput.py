@@ -189,6 +189,13 @@ def test_where_not_all_fit_only_the_server_that_is_measured_is_up(happenings, mo
     assert len(rounds) == 6 and math.isnan(rounds["joules_per_token"][0])
 
 
+def test_two_pieces_of_work_with_one_title_are_refused():
+    """A table by title would mix their figures."""
+    work = [Work(1, 64, 20), Work(1, 64, 500)]
+    with pytest.raises(WorkbookError, match="one title: 1 stream, 1 stream"):
+        throughput.in_turn(None, {}, work, together=True)
+
+
 def test_the_arms_take_turns_in_going_first():
     order = throughput.order(["bf16", "fp8"], 4)
     assert [number for number, _ in order] == [1, 1, 2, 2, 3, 3, 4, 4]
