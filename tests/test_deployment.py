@@ -1,7 +1,6 @@
 """The artefacts are valid and hold no secret; vLLM's own parser takes their flags."""
 
 import json
-import os
 import shlex
 import subprocess
 from types import SimpleNamespace
@@ -27,13 +26,13 @@ FROM_HUB = deployment.Deployment("me/phi-4-fp8", "phi-4-fp8", 16384, 15_691_827_
 def in_serving(script: str, arguments: list[str]) -> dict:
     done = subprocess.run(
         [serving.serve_python(), REPO / "tests" / "serve_side" / script, *arguments], text=True,
-        capture_output=True, env=os.environ | serving.ENVIRONMENT, cwd=REPO)
+        capture_output=True, env=serving.environment(), cwd=REPO)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def ask_vllm(commands: list[list[str]]) -> list[dict]:
-    environment = os.environ | serving.ENVIRONMENT
+    environment = serving.environment()
     done = subprocess.run(
         [serving.serve_python(), REPO / "tests" / "serve_side" / "parse_flags.py"], text=True,
         input="".join(json.dumps(c) + "\n" for c in commands), capture_output=True,
