@@ -89,9 +89,11 @@ _REMEDIES = (  # (what the reason says, what to do), first match
      "vLLM took a kernel of FlashInfer's, which is compiled with nvcc: install the CUDA toolkit, "
      "or keep to kernels that come compiled: VLLM_USE_FLASHINFER_SAMPLER=0, --attention-backend "
      "FLASH_ATTN."),
-    (r"No such file or directory: 'ninja'|libcuda\.so cannot found",
-     "Run `make preflight` in a terminal. ninja comes with the serving environment (`make setup`), "
-     "libcuda.so.1 with the NVIDIA driver (`sudo ldconfig` lets it be found)."),
+    (r"No such file or directory: 'ninja'",
+     "The serving environment brings ninja, and is incomplete: run `make setup` again."),
+    (r"libcuda\.so",
+     "libcuda.so.1 belongs to the NVIDIA driver: in a container, start it with the GPU (--gpus "
+     "all); else `sudo ldconfig` lets it be found."),
     (r"No space left on device|Errno 28",
      "Free some disk where PHI4_FP8_WORKSPACE and TMPDIR point to."),
     (r"Read-only file system|Errno 30|Permission denied|Errno 13",

@@ -16,8 +16,8 @@ import sysconfig
 from triton.runtime.build import compile_module_from_src
 compile_module_from_src("#include <Python.h>", "cuda_utils")
 """
-NO_HEADERS = ("get = sysconfig.get_paths; "
-              "sysconfig.get_paths = lambda *of, **by: get(*of, **by) | {'include': '/nonexistent'}")
+NO_HEADERS = ("get = sysconfig.get_paths; sysconfig.get_paths = "
+              "lambda *of, **by: get(*of, **by) | {'include': '/nonexistent'}")
 HEADERS = "python{}.{}-dev".format(*sys.version_info[:2])
 PREFIX = "(EngineCore pid=7) ERROR 11-25 09:18:06 [core.py:1] "
 AFTER = ("(APIServer pid=3) RuntimeError: Engine core initialization failed. See root cause above. "
@@ -64,6 +64,9 @@ FLASHINFER = {
     "no ninja": ("FileNotFoundError: [Errno 2] No such file or directory: 'ninja'", "'ninja'",
                  "make setup"),
     "no libcuda for Triton": ("AssertionError: libcuda.so cannot found!", "libcuda", "ldconfig"),
+    "no libcuda for vLLM": (
+        "ImportError: libcuda.so.1: cannot open shared object file: No such file or directory",
+        "libcuda.so.1", "--gpus all"),
     "no C++ compiler for torch.compile": (
         "torch._inductor.exc.InductorError: InvalidCxxCompiler: No working C++ compiler found in "
         "torch._inductor.config.cpp.cxx: (None, 'g++')", "No working C++", "build-essential"),
