@@ -116,6 +116,33 @@ def test_an_environment_that_got_no_cuda_torch_is_not_finished(place, monkeypatc
     assert not env.stamp.exists()
 
 
+# --- what they take on disk -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["CPU", "GPU"])
+@pytest.mark.parametrize("index", [0, 1], ids=["notebooks", "serving"])
+def test_the_figures_of_the_disk_are_measured(gpu, index):
+    """The environments that are here: their files by blocks of 4 KiB, each counted once."""
+    env = environments.environments(gpu)[index]
+    if not environments.is_whole(env) or (hardware.torch_cuda(env.folder) is not None) != env.cuda:
+        pytest.skip(f"there is no such {env.folder.name} on this machine")
+    files = {(each.st_dev, each.st_ino): each.st_size for each in
+             map(os.lstat, (file for file in env.folder.rglob("*")))}
+    measured = sum(-(-size // 4096) * 4096 for size in files.values())
+    assert 0.85 * env.nbytes <= measured <= 1.05 * env.nbytes, measured
+
+
+def test_doctor_and_readme_ask_for_what_the_set_up_asks_for():
+    """And for 1 to 3 GB more, for the bundled model's files: no disk is refused needlessly."""
+    import doctor
+
+    readme = (REPO / "README.md").read_text()
+    for gpu, name in ((False, "cpu"), (True, "gpu")):
+        asked = sum(env.nbytes for env in environments.environments(gpu)) + needs.GB
+        assert needs.GB <= doctor.DISK[name] - asked <= 3 * needs.GB
+        words = "GB without a GPU" if name == "cpu" else "GB with one"
+        assert f"{doctor.DISK[name] // needs.GB} {words}" in readme
+
+
 # --- what must be there before anything is downloaded ---------------------------------------------
 
 SERVE = REPO / "requirements" / "constraints" / "serve.txt"
