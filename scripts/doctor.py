@@ -22,7 +22,7 @@ from helpers import cpu  # noqa: E402  (with `helpers` itself, this runs on Pyth
 PYTHONS = ("3.13", "3.12", "3.11")
 GB = 10**9
 # The environments as measured (scripts/environments.py), with 2 GB for the bundled model's files.
-DISK = {"cpu": 8 * GB, "gpu": 19 * GB}
+DISK = {"cpu": 9 * GB, "gpu": 19 * GB}
 RAM = 6 * GB  # helpers.preflight says what for
 GLIBC = (2, 31)  # of the wheels of llguidance, which vLLM needs; all others ask for less
 # nvidia-smi says no CUDA version in this form; 580 is the oldest driver of CUDA 13, which vLLM's

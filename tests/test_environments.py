@@ -131,16 +131,14 @@ def test_the_figures_of_the_disk_are_measured(gpu, index):
     assert 0.85 * env.nbytes <= measured <= 1.05 * env.nbytes, measured
 
 
-def test_doctor_and_readme_ask_for_what_the_set_up_asks_for():
-    """And for 1 to 3 GB more, for the bundled model's files: no disk is refused needlessly."""
+def test_doctor_asks_for_what_the_readme_asks_for():
+    """What the set-up asks for and the bundled model's files: no disk is refused needlessly."""
     import doctor
+    import test_readme
 
-    readme = (REPO / "README.md").read_text()
-    for gpu, name in ((False, "cpu"), (True, "gpu")):
-        asked = sum(env.nbytes for env in environments.environments(gpu)) + needs.GB
-        assert needs.GB <= doctor.DISK[name] - asked <= 3 * needs.GB
-        words = "GB without a GPU" if name == "cpu" else "GB with one"
-        assert f"{doctor.DISK[name] // needs.GB} {words}" in readme
+    for name in ("cpu", "gpu"):
+        needed = test_readme.needed(gpu=name == "gpu")
+        assert doctor.DISK[name] == int(test_readme.gigabytes(needed)) * needs.GB
 
 
 # --- what must be there before anything is downloaded ---------------------------------------------
