@@ -64,7 +64,7 @@ class VllmServer(Endpoint):
     Once started: `url`, `api_key`, `model_name`, `log_path`, `kernel` (the linear kernel that vLLM
     chose, "unquantized" for a bf16 model) and `startup_seconds`. Every route but /health asks for
     the key. Raises `WorkbookError` when the model has been replaced meanwhile, the port cannot be
-    used, its log cannot be written, `.venv-serve` is missing, or vLLM dies.
+    used, its log cannot be written, its environment is missing, or vLLM dies.
     """
 
     def __init__(self, model: Checkpoint, flags: list[str] = (), name: str | None = None,

@@ -105,12 +105,18 @@ def test_flags_of_ones_own_are_in_every_command():
     assert "marlin" not in deployment.docker_run(FROM_HUB)
 
 
+def test_commands_of_the_workbooks_own_environment_sample_without_a_compiler():
+    for machines in deployment.beyond_one_gpu("me/phi-4-fp8").values():
+        for words in map(shlex.split, machines):
+            assert words[:4] == ["env", "VLLM_USE_FLASHINFER_SAMPLER=0", "vllm", "serve"]
+
+
 def test_vllms_own_parser_takes_every_command(own, tiny_base):
     """Phi-4 by its config alone: parsing and vLLM's check of the sizes need no weights."""
     phi4 = str(REPO / "data" / "phi4")
     commands = [[str(tiny_base.path), *deployment.arguments(own)[1:]]]
     for machines in deployment.beyond_one_gpu(phi4).values():
-        commands += [shlex.split(machine)[2:] for machine in machines
+        commands += [shlex.split(machine)[4:] for machine in machines
                      if "--headless" not in machine]
     commands += [[phi4, "--tensor-parallel-sise", "2"], [phi4, "--tensor-parallel-size", "3"],
                  [phi4, "--max-model-len", "32768"]]

@@ -306,7 +306,7 @@ def test_names_are_quoted_for_shell_and_compose(tmp_path, happened):
     assert _composed(service["environment"]["KEY_GUARD"]) == GUARD.read_text()
     assert json.loads(deployment.runpod_template(served))["name"] == f"{name}-vllm"
     for machines in deployment.beyond_one_gpu(str(folder)).values():
-        assert all(shlex.split(command)[2] == str(folder) for command in machines)
+        assert all(shlex.split(command)[4] == str(folder) for command in machines)
     happened("each text gives back the name and the folder as they are")
 
 
