@@ -17,7 +17,7 @@ HAVE_PYTHON = command -v $(PYTHON) >/dev/null || { echo "No Python was found. In
 	>&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help doctor setup preflight run lab book hand-in serve slides editions kit room test \
+.PHONY: help doctor setup preflight run lab kernel book hand-in serve slides editions kit room test \
 	test-faults test-smollm2 test-browser test-gpu test-isa lint notebooks full-size bench-cpu \
 	measure-formats lock clean
 
@@ -39,9 +39,12 @@ setup:  ## make the two environments, if they are not there
 preflight: setup  ## what this machine is, and how it serves FP8
 	@.venv/bin/python -m helpers.preflight
 
-lab: setup  ## open the notebooks in JupyterLab; EDITION=student opens build/student
+lab: setup  ## the notebooks in JupyterLab; EDITION=student · LAB_FLAGS="--port=8899"
 	@.venv/bin/jupyter lab --ip=127.0.0.1 --notebook-dir=$(if $(EDITION),build/$(EDITION),notebooks) \
-		$(if $(filter 0,$(shell id -u)),--allow-root)
+		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_FLAGS)
+
+kernel: setup  ## a kernel for the Jupyter that is there already (a pod's, a hub's)
+	@.venv/bin/python scripts/kernel.py
 
 run: setup  ## run every notebook in order; ONLY=06 or ONLY=a1 runs one
 	@.venv/bin/python scripts/run_notebooks.py run $(ONLY)

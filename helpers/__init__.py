@@ -1,7 +1,7 @@
 """The plumbing under the notebooks: small modules, one subject each.
 
 All of them run in the notebook's environment, .venv, but for `helpers.serve_side`, which runs in
-vLLM's, .venv-serve, or wraps a process of it.
+vLLM's, or wraps a process of it.
 """
 
 from __future__ import annotations  # make doctor imports this on an old Python

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers import serving
+from helpers.serving_env import ENVIRONMENT
 
 # The version that the workbook is tested with (requirements/serve.txt; a test compares).
 IMAGE = "vllm/vllm-openai:v0.32.0"
@@ -164,13 +165,15 @@ def _dumper():
 def beyond_one_gpu(model: str, flags: tuple[str, ...] = ()) -> dict[str, list[str]]:
     """Commands for 2 GPUs, 8 GPUs and 2 nodes of 8: by title, one shell command per machine.
 
-    For the workbook's serving environment, .venv-serve, with VLLM_API_KEY exported: there the guard
-    of the key can be imported. They listen on the machine itself alone.
+    For the workbook's serving environment, .venv-serve-gpu, with VLLM_API_KEY exported: there the
+    guard of the key can be imported. They listen on the machine itself alone, and sample without
+    FlashInfer, which needs nvcc; vLLM's own image, for the other artefacts, has it.
 
     Phi-4 divides over 2 GPUs and no more (`tensor_parallel_sizes`); so 8 GPUs are 2 (tensor) times
     4 (pipeline), or replicas behind one endpoint (data). `flags`: as in `Deployment`.
     """
-    worker = ["vllm", "serve", model, *flags]
+    sampler = "VLLM_USE_FLASHINFER_SAMPLER"
+    worker = ["env", f"{sampler}={ENVIRONMENT[sampler]}", "vllm", "serve", model, *flags]
     serve = [*worker, "--host", "127.0.0.1", *serving.GUARD]
     replicas = ["--tensor-parallel-size", "2", "--data-parallel-size", "8",
                 "--data-parallel-size-local", "4", "--data-parallel-address", "10.0.0.1",

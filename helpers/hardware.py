@@ -146,15 +146,30 @@ def torch_cuda(environment: Path) -> tuple[int, int] | None:
     return None
 
 
+def serving_folder(device: str) -> Path:
+    """The folder of vLLM's environment for a device, "cuda" or "cpu": they lie side by side."""
+    return REPO / (".venv-serve-gpu" if device == "cuda" else ".venv-serve")
+
+
 def driver_fault(gpus: Sequence[Gpu]) -> str:
     """Why the driver cannot run the serving environment's torch, and what to do; "" if it can."""
-    needed = torch_cuda(REPO / ".venv-serve")
-    if not gpus or not needed or not gpus[0].cuda or gpus[0].cuda[0] >= needed[0]:
+    needed = torch_cuda(serving_folder("cuda"))
+    if not gpus or not needed or not gpus[0].cuda:
         return ""
-    driver = OLDEST_DRIVER.get(needed[0])
-    return (f"the NVIDIA driver {gpus[0].driver} supports CUDA up to {dotted(gpus[0].cuda)}, and "
+    return driver_too_old(gpus[0].driver, gpus[0].cuda, needed)
+
+
+def driver_too_old(driver: str, supports: tuple[int, int], needed: tuple[int, int]) -> str:
+    """Why a driver that supports one CUDA cannot run a torch built for another; "" if it can.
+
+    It can where the major versions agree, or the driver's is newer.
+    """
+    if supports[0] >= needed[0]:
+        return ""
+    oldest = OLDEST_DRIVER.get(needed[0])
+    return (f"the NVIDIA driver {driver} supports CUDA up to {dotted(supports)}, and "
             f"vLLM's torch needs CUDA {dotted(needed)}, so vLLM cannot use the GPU: install "
-            + (f"driver {driver} or newer" if driver else "a driver for it")
+            + (f"driver {oldest} or newer" if oldest else "a driver for it")
             + ", or leave the GPU out with CUDA_VISIBLE_DEVICES= (empty) and `make setup`")
 
 

@@ -30,7 +30,6 @@ CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, e
 NO_HUB = ("what answers there is not a hub: a network's login page, say, or another server",
           "open any page in a browser and log in to the network if it asks you to, and check "
           "HF_ENDPOINT")
-LARGER_DISK = "free some space, or set HF_HOME to a folder on a larger disk"
 DISTRUST = "do not use this hub; check HF_ENDPOINT"
 
 
@@ -151,7 +150,14 @@ def _require_disk(cache: Path, nbytes: int) -> None:
     free = shutil.disk_usage(there).free
     if free < nbytes:
         raise HubError(f"{nbytes / 1e9:.2f} GB are to come, and {free / 1e9:.2f} GB of disk are "
-                       f"free at {cache}", LARGER_DISK)
+                       f"free at {cache}", larger_disk())
+
+
+def larger_disk() -> str:
+    """What to do where a download does not fit; HF_HUB_CACHE, where it is set, is the stronger."""
+    variable = "HF_HUB_CACHE" if os.environ.get("HF_HUB_CACHE") else "HF_HOME"
+    return (f"free some space there, or set {variable}, which says where downloads go, to a folder "
+            "on a larger disk before Jupyter is started")
 
 
 def _size(file: Path) -> int:
@@ -257,7 +263,7 @@ def _why(error: BaseException) -> tuple[str, str]:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
     if any(workspace.is_full_disk(each) for each in chain):
-        return "the disk is full", LARGER_DISK
+        return "the disk is full", larger_disk()
     for each in chain:
         if getattr(each, "errno", None) in CLOSED:
             return (f"the hub's cache cannot be written to ({each.strerror}: {each.filename})",

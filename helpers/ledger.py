@@ -247,7 +247,8 @@ def _hardware() -> dict:
 
 def _versions() -> dict:
     """Versions in the notebook's environment, and of vLLM in the serving one."""
-    serving = (workspace.repo() / ".venv-serve").glob("lib/python3*/site-packages")
+    mode = hardware.serving_mode(hardware.detect())
+    serving = hardware.serving_folder(mode.device).glob("lib/python3*/site-packages")
     found = {"python": sys.version.split()[0]}
     for package in NOTEBOOK_PACKAGES:
         try:

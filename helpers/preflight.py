@@ -1,13 +1,12 @@
 """Whether this machine can run the workbook, and how: what `make preflight` prints."""
 
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from helpers import cpu, hardware
+from helpers import compiler, cpu, hardware
 from helpers.hardware import GB, ServingMode
 
 # The bundled model's notebooks hold a server and their own process in memory, and write files.
@@ -47,7 +46,8 @@ def preflight() -> list[Check]:
         _compiler(mode),
         _library(mode),
         _versions("notebook environment", Path(sys.prefix), NOTEBOOK_PACKAGES),
-        _versions("serving environment", hardware.REPO / ".venv-serve", SERVING_PACKAGES),
+        _versions("serving environment", hardware.serving_folder(mode.device),
+                  SERVING_PACKAGES),
         Check(mode.key != "none", "mode", f"{mode.key}, {mode.title}: {mode.why}"),
     ]
 
@@ -60,15 +60,12 @@ def _enough(name: str, has: int, needed: int, remedy: str) -> Check:
 
 
 def _compiler(mode: ServingMode) -> Check:
-    """Whether there is a C compiler where one is needed.
-
-    On a GPU vLLM compiles Triton kernels while it runs; on a CPU nothing is compiled.
-    """
-    found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if mode.device == "cuda" and not found:
-        return Check(False, "C compiler", "none, and vLLM's Triton needs one on a GPU: install one "
-                                          "(on Debian or Ubuntu: apt install build-essential)")
-    return Check(True, "C compiler", Path(found).name if found else "none; this mode needs none")
+    """Whether Triton can compile on a GPU, while it runs; on a CPU nothing is compiled."""
+    if mode.device != "cuda":
+        return Check(True, "C compiler", "this mode needs none")
+    missing = compiler.fault()
+    return Check(not missing, "C compiler",
+                 missing or f"{Path(compiler.found()).name}, with Python's headers")
 
 
 def _library(mode: ServingMode) -> Check:

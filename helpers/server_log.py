@@ -3,6 +3,7 @@
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -71,7 +72,28 @@ _ABORTED = re.compile(
 _SECOND_HAND = re.compile(
     r"EngineDeadError|Engine core initialization failed|WorkerProc initialization failed|"
     r"Executor failed|cancelled|See stack trace|See root cause")
+# What a program that was called to compile says for itself, before Python's exception: gcc or
+# clang of a header, the shell or ninja of a program.
+_BUILDING = re.compile(r"CalledProcessError|Ninja build failed")
+_BUILD_FAULT = re.compile(
+    r"fatal error: (.*)|(\S*(?:nvcc|[gc]\+\+|gcc|clang): (?:not found|No such file or directory))")
 _REMEDIES = (  # (what the reason says, what to do), first match
+    (r"Python\.h",
+     "Triton compiles against Python's headers: install them (on Debian or Ubuntu: apt install "
+     "python{}.{}-dev).".format(*sys.version_info[:2])),
+    (r"Failed to find C compiler|C\+\+ compiler|(\+\+|gcc|clang): (not found|No such)",
+     "Install a C and C++ compiler (on Debian or Ubuntu: apt install build-essential)."),
+    (r"No such file or directory: '\S*\b(cc|gcc|clang)\b",
+     "Unset CC, or let it name a C compiler alone, without arguments."),
+    (r"nvcc",
+     "vLLM took a kernel of FlashInfer's, which is compiled with nvcc: install the CUDA toolkit, "
+     "or keep to kernels that come compiled: VLLM_USE_FLASHINFER_SAMPLER=0, --attention-backend "
+     "FLASH_ATTN."),
+    (r"No such file or directory: 'ninja'",
+     "The serving environment brings ninja, and is incomplete: run `make setup` again."),
+    (r"libcuda\.so",
+     "libcuda.so.1 belongs to the NVIDIA driver: in a container, start it with the GPU (--gpus "
+     "all); else `sudo ldconfig` lets it be found."),
     (r"No space left on device|Errno 28",
      "Free some disk where PHI4_FP8_WORKSPACE and TMPDIR point to."),
     (r"Read-only file system|Errno 30|Permission denied|Errno 13",
@@ -119,6 +141,9 @@ def explain(log: str, exit_code: int | None = None) -> tuple[str, str]:
     if not reason and exit_code is not None and exit_code > 128:
         number = exit_code - 128
         reason = f"it was ended by {signal.Signals(number).name} (exit code: -{number})"
+    if _BUILDING.search(reason):
+        told = next(filter(None, map(_BUILD_FAULT.search, lines)), None)
+        reason = f"{told[1] or told[2]} (in: {reason[:200]})" if told else reason
     reason = reason or f"it gave no reason; the last line is: {last_line(log)}"
     remedy = next((todo for said, todo in _REMEDIES if re.search(said, reason)),
                   "Correct what it names, then start it again.")

@@ -8,13 +8,11 @@ and itself.
 
 import contextlib
 import os
-import pwd
 import secrets
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import psutil
 import requests
@@ -23,6 +21,7 @@ from helpers import WorkbookError, address, checkpoint, client, server_log, work
 from helpers.checkpoint import Checkpoint
 from helpers.endpoint import Endpoint, checked_name
 from helpers.progress import Progress
+from helpers.serving_env import environment, serve_python
 
 STARTUP_TIMEOUT = 1800  # seconds; Phi-4 in bf16 from a slow disk, compiled, takes several minutes
 GRACE = 4  # seconds that vLLM has to end by itself before it is killed
@@ -32,45 +31,9 @@ MAX_STREAMS = {"cpu": 16, "cuda": 64}  # requests that a server answers at once,
 # Forces Marlin's W8A16 kernel, on GPUs with FP8 tensor cores too; a bf16 model is not concerned.
 MARLIN = ["--linear-backend", "marlin"]
 
-# vLLM is told to keep to itself, and to this machine: the model is always a local directory.
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-    "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1", "NO_COLOR": "1",
-    # Phase, kernel and cause of death are read from its log, and the guard is middleware of its
-    # Python front end: what a reader has set for another vLLM must not take them away.
-    "VLLM_CONFIGURE_LOGGING": "1", "VLLM_LOGGING_CONFIG_PATH": "", "VLLM_LOGGING_LEVEL": "INFO",
-    "VLLM_LOGGING_PREFIX": "", "VLLM_USE_RUST_FRONTEND": "0",
-}
-
 # vLLM's own check of the key covers /v1 and a few more: this one covers every route but /health.
 # The last one named stands outside all others.
 GUARD = ["--middleware", "helpers.serve_side.guard.KeyGuard"]
-
-
-def serve_python() -> Path:
-    """The Python of the serving environment, `.venv-serve`."""
-    python = workspace.repo() / ".venv-serve" / "bin" / "python"
-    if not python.exists():
-        raise WorkbookError(
-            "There is no serving environment (.venv-serve).",
-            "vLLM lives in an environment of its own, which `make` sets up on first use.",
-            "Run `make setup` in a terminal, at the top of the workbook.",
-        )
-    return python
-
-
-def environment() -> dict[str, str]:
-    """What a process in .venv-serve gets: this process's variables without proxies, and ours.
-
-    A user whom the system does not know, as in a container that runs as any uid, gets a home in the
-    workspace: vLLM would otherwise make a folder called ~ where it runs.
-    """
-    own = client.without_proxies(os.environ) | ENVIRONMENT
-    try:
-        pwd.getpwuid(os.getuid())
-    except KeyError:
-        own = {"HOME": str(workspace.root() / "home"), "USER": str(os.getuid())} | own
-    return own
 
 
 def default_flags(profile, mode) -> list[str]:
@@ -101,7 +64,7 @@ class VllmServer(Endpoint):
     Once started: `url`, `api_key`, `model_name`, `log_path`, `kernel` (the linear kernel that vLLM
     chose, "unquantized" for a bf16 model) and `startup_seconds`. Every route but /health asks for
     the key. Raises `WorkbookError` when the model has been replaced meanwhile, the port cannot be
-    used, its log cannot be written, `.venv-serve` is missing, or vLLM dies.
+    used, its log cannot be written, its environment is missing, or vLLM dies.
     """
 
     def __init__(self, model: Checkpoint, flags: list[str] = (), name: str | None = None,

@@ -21,8 +21,8 @@ from helpers import cpu  # noqa: E402  (with `helpers` itself, this runs on Pyth
 
 PYTHONS = ("3.13", "3.12", "3.11")
 GB = 10**9
-# The environments measured by the set-up (scripts/environments.py), with the bundled model's files.
-DISK = {"cpu": 8 * GB, "gpu": 24 * GB}
+# The environments as measured (scripts/environments.py), with 2 GB for the bundled model's files.
+DISK = {"cpu": 9 * GB, "gpu": 19 * GB}
 RAM = 6 * GB  # helpers.preflight says what for
 GLIBC = (2, 31)  # of the wheels of llguidance, which vLLM needs; all others ask for less
 # nvidia-smi says no CUDA version in this form; 580 is the oldest driver of CUDA 13, which vLLM's
@@ -130,6 +130,40 @@ def disk(needed: int) -> Finding:
                                  f"{needed / GB:.0f}", short)
 
 
+def hub_cache() -> Path:
+    """Where the hub's client puts what it fetches (a test compares)."""
+    home = os.environ.get("HF_HOME") or Path(
+        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
+
+
+def model_disk(profile) -> Finding:
+    """Room for a model of the hub: its download, and the FP8 checkpoint in the workspace.
+
+    The environments count too, where they are not made yet; places on one disk share it.
+    """
+    cache = hub_cache()
+    workspace = REPO / Path(os.environ.get("PHI4_FP8_WORKSPACE") or "workspace").expanduser()
+    fetched = (cache / ("models--" + profile.repo.replace("/", "--")) / "snapshots"
+               / profile.revision).is_dir()
+    disks = {}  # by device: its free bytes, bytes needed
+    for place, nbytes in ((REPO, 0 if (REPO / ".venv-serve-gpu").is_dir() else DISK["gpu"]),
+                          (cache, 0 if fetched else profile.bf16_bytes),
+                          (workspace, profile.fp8_bytes)):
+        there = next(each for each in (place, *place.parents) if each.exists())
+        device = disks.setdefault(there.stat().st_dev, [shutil.disk_usage(there).free, 0])
+        device[1] += nbytes
+    needs = (f"{profile.bf16_bytes / GB:.1f} GB to fetch into {cache} (HF_HOME) and "
+             f"{profile.fp8_bytes / GB:.1f} to write into {workspace} (PHI4_FP8_WORKSPACE)")
+    if all(free >= needed for free, needed in disks.values()):
+        return Finding(True, "disk for the model", needs, "")
+    lacking = ", ".join(f"{free / GB:.0f} GB free of {needed / GB:.0f}"
+                        for free, needed in disks.values() if free < needed)
+    return Finding(False, "disk for the model", f"{needs}; {lacking} that are needed: let these "
+                   "variables name folders on a larger disk, or choose the bundled model: "
+                   "PHI4_FP8_PROFILE=tiny-phi4", "no disk for the model")
+
+
 def memory() -> int:
     """Bytes of RAM, within a container's limit (cgroup v2); 0 where the system does not say."""
     try:
@@ -166,6 +200,15 @@ def processor(model: str, features) -> Finding:
     return Finding(True, "CPU", f"{model}, {cores} cores; {', '.join(counts)}", short)
 
 
+def compilation(command) -> Finding:
+    """For a GPU: whether Triton can compile with the Python that will run vLLM, its `command`."""
+    asked = (f"import sys; sys.path[0] = {str(REPO)!r}; from helpers import compiler; "
+             "print(compiler.fault())")
+    missing = _run([command, "-c", asked])
+    return Finding(not missing, "C compiler", missing or "there, with Python's headers",
+                   "no compiler or headers" if missing else "")
+
+
 def gpus() -> list:
     """What nvidia-smi says of the GPUs; none where it is missing or does not answer."""
     printed = _run(["nvidia-smi", "--query-gpu=name,memory.total,compute_cap,driver_version",
@@ -199,9 +242,11 @@ def graphics(found) -> Finding:
 
 
 def will_run(found, model: str, features, ram_bytes: int) -> tuple:
-    """Which model in which serving mode, in a sentence and in short, by the workbook's own rules.
+    """Which model in which serving mode, by the workbook's own rules: a sentence, in short, disk.
 
-    Its modules need Python 3.11 and import nothing here that is to be installed.
+    The last is a finding for a model that is fetched, else None.
+
+    Its modules need Python 3.11 and import nothing that is to be installed.
     """
     from helpers import hardware, models
 
@@ -212,13 +257,14 @@ def will_run(found, model: str, features, ram_bytes: int) -> tuple:
     mode = hardware.serving_mode(machine)
     best = next((profile for profile in (models.PHI4, models.PHI4_MINI)
                  if mode.device == "cuda" and models.fits(profile.fp8_bytes, machine)), None)
+    room = model_disk(best) if best and not os.environ.get(models.VARIABLE) else None
     if best is None:
         title, name = "the bundled model of Phi-4's architecture", "tiny-phi4"
     else:
         title, name = best.title, best.name
         if "bf16" not in models.arms(best, machine):
             title += " (FP8 alone: its bf16 weights do not fit)"
-    return f"{title}; {mode.title}: {mode.why}", f"{name} {mode.key}"
+    return f"{title}; {mode.title}: {mode.why}", f"{name} {mode.key}", room
 
 
 def examine(known) -> tuple:
@@ -229,10 +275,13 @@ def examine(known) -> tuple:
     found = [] if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1") else gpus()
     model, features = cpu.read()
     has = memory()
+    if found and known:
+        findings.append(compilation(known[0][0]))
     findings += [*([] if found else [library()]), disk(DISK["gpu" if found else "cpu"]), ram(has),
                  processor(model, features), graphics(found)]
-    said = ("", "") if sys.version_info < (3, 11) else will_run(found, model, features, has)
-    return (findings, *said)
+    sentence, short, room = (("", "", None) if sys.version_info < (3, 11)
+                             else will_run(found, model, features, has))
+    return [*findings, *([room] if room else [])], sentence, short
 
 
 def main() -> int:

@@ -1,4 +1,8 @@
-"""The two environments, .venv and .venv-serve: what goes in, and making the ones that are missing.
+"""The environments: what goes into them, and making the ones that are missing.
+
+`.venv` runs the notebooks, with CUDA torch where there is a GPU. vLLM's are two, side by side:
+`.venv-serve-gpu`, and `.venv-serve` for a machine without a GPU, or whose GPU is hidden for a
+command (CUDA_VISIBLE_DEVICES=).
 
 Only the standard library: this runs before anything is installed. An environment is either whole,
 with a stamp that says what it was made from, or it is made anew; uv keeps what was downloaded, so
@@ -7,13 +11,11 @@ making it anew after an interruption costs seconds.
 
 import ast
 import contextlib
-import ctypes
 import hashlib
 import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -23,14 +25,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import from_kit
+from needs import GB, require_compiler, require_disk, require_driver, require_platform
+from nvml import driver, usable_gpu
 from one_set_up import FULL, WITH_US, SetupError, is_full_disk, locked, remedy, say
+
+from helpers import hardware
 
 REPO = Path(__file__).resolve().parent.parent
 UV_VERSION = "0.13.9"
-OLDEST_CAPABILITY = (7, 5)  # helpers.hardware says why; an older GPU gets the CPU environments
-GB = 10**9
-CUDA_TORCH = 5 * GB  # what the CUDA build of torch and its packages take beyond the CPU build
-
+# Bytes on disk, as `du` measured them with Python 3.11 on 2026-11-25: 2.37 GB, and 6.40 with CUDA's
+# torch and the packages it asks for; 3.29; 9.08. On one disk with uv's cache the two environments
+# of a GPU take 10.6 GB together, since uv links what both have.
+NOTEBOOK, CUDA_TORCH = int(2.4 * GB), int(4.1 * GB)
+SERVE_CPU, SERVE_GPU = int(3.3 * GB), int(9.1 * GB)
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ class Environment:
     requirements: Path
     constraints: Path
     overrides: Path | None
-    nbytes: int  # on disk, measured for the CPU ones
+    nbytes: int  # on disk, measured
+    cuda: bool = False  # whether its torch must be built for CUDA
 
     @property
     def python(self) -> Path:
@@ -55,14 +63,13 @@ def environments(gpu: bool, repo: Path = REPO) -> list[Environment]:
     lists = repo / "requirements"
     held = lists / "constraints"
     notebook = (repo / ".venv", repo / "requirements.txt", held / "notebook.txt", None)
-    serve = repo / ".venv-serve"
     if gpu:
-        return [Environment(*notebook, int(2.4 * GB) + CUDA_TORCH),
-                Environment(serve, lists / "serve.txt", held / "serve.txt", None,
-                            13 * GB)]
-    return [Environment(*notebook, int(2.4 * GB)),
-            Environment(serve, lists / "serve-cpu.txt", held / "serve-cpu.txt",
-                        lists / "serve-cpu-overrides.txt", int(2.5 * GB))]
+        return [Environment(*notebook, NOTEBOOK + CUDA_TORCH, cuda=True),
+                Environment(repo / ".venv-serve-gpu", lists / "serve.txt", held / "serve.txt", None,
+                            SERVE_GPU, cuda=True)]
+    return [Environment(*notebook, NOTEBOOK),
+            Environment(repo / ".venv-serve", lists / "serve-cpu.txt", held / "serve-cpu.txt",
+                        lists / "serve-cpu-overrides.txt", SERVE_CPU)]
 
 
 def fingerprint(env: Environment, repo: Path = REPO) -> str:
@@ -75,55 +82,13 @@ def fingerprint(env: Environment, repo: Path = REPO) -> str:
 
 
 def is_whole(env: Environment, repo: Path = REPO) -> bool:
-    """Whether the environment was finished, and made from what the lists say now."""
+    """Whether the environment was finished, and made from what the lists say now.
+
+    One with CUDA's torch is whole without a GPU too; a CPU build is not, where there is a GPU.
+    """
     return (env.python.exists() and env.stamp.is_file()
-            and env.stamp.read_bytes() == fingerprint(env, repo).encode())
-
-
-def usable_gpu() -> bool:
-    """Whether the NVIDIA driver shows a GPU that vLLM can use; CUDA_VISIBLE_DEVICES= hides all."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
-        return False
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return False
-    if nvml.nvmlInit_v2() != 0:
-        return False
-    count, best = ctypes.c_uint(), (0, 0)
-    nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
-    for index in range(count.value):
-        device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
-        nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device))
-        nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
-        best = max(best, (major.value, minor.value))
-    nvml.nvmlShutdown()
-    return best >= OLDEST_CAPABILITY
-
-
-def require_platform(system: str, machine: str) -> None:
-    if (system, machine) != ("Linux", "x86_64"):
-        raise SetupError(
-            f"This is {system} on {machine}, and vLLM's wheels are for Linux on x86-64. "
-            "Use such a machine, a virtual machine, WSL 2, or a cloud instance.")
-
-
-def require_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise SetupError(
-            f"The environments need about {needed / GB:.0f} GB of disk and {free / GB:.1f} GB are "
-            f"free where this workbook lies ({folder}). Free some space, or move the workbook to a "
-            "larger disk, and run the same command again.")
-
-
-def require_compiler(gpu: bool) -> None:
-    """On a GPU vLLM's Triton kernels are compiled at run time; on a CPU nothing is compiled."""
-    if gpu and not any(shutil.which(cc) for cc in (os.environ.get("CC", "cc"), "gcc", "clang")):
-        raise SetupError(
-            "There is no C compiler, and vLLM needs one on a GPU: Triton builds its kernels with "
-            "it. Install one (on Debian or Ubuntu: apt install build-essential) and run the same "
-            "command again.")
+            and env.stamp.read_bytes() == fingerprint(env, repo).encode()
+            and (not env.cuda or hardware.torch_cuda(env.folder) is not None))
 
 
 def pip_settings(python: Path) -> dict[str, str]:
@@ -269,7 +234,11 @@ def install(env: Environment, uv: Path, environ: dict[str, str], torch: list[str
             "-c", env.constraints, *(["--overrides", env.overrides] if env.overrides else []),
             *torch], environ, what, env.nbytes)
     run_uv([uv, "pip", "install", "--python", env.python, "--no-deps", "-e", REPO], environ, what)
-    if env.folder.name == ".venv":
+    if env.cuda and hardware.torch_cuda(env.folder) is None:
+        raise SetupError(f"The torch that {what} got is built without CUDA, so it cannot use the "
+                         "GPU. Leave out the index of CPU builds that pip is configured with (pip "
+                         "config list), and run the same command again.")
+    if what == ".venv":
         no_announcements(env.folder)
     env.stamp.write_text(fingerprint(env))
 
@@ -284,7 +253,8 @@ def no_announcements(folder: Path) -> None:
 
 def set_up() -> None:
     gpu = usable_gpu()
-    missing = [env for env in environments(gpu) if not is_whole(env)]
+    both = environments(gpu)
+    missing = [env for env in both if not is_whole(env)]
     if not missing:
         return
     require_platform(platform.system(), platform.machine())
@@ -293,7 +263,9 @@ def set_up() -> None:
             "This machine has a GPU, and the kit has the environments of machines without one. "
             "Leave the GPU out (export CUDA_VISIBLE_DEVICES= with nothing behind it, in every "
             "terminal), or set up from the package index in a clone of the workbook.")
-    require_compiler(gpu)
+    if gpu:
+        require_compiler()
+        require_driver(driver(), both[1].constraints)
     require_disk(REPO, sum(env.nbytes for env in missing) + GB)
     started = time.monotonic()
     say(f"Setting up for {'an NVIDIA GPU' if gpu else 'a machine without a GPU'}, with Python "

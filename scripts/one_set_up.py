@@ -13,7 +13,8 @@ from pathlib import Path
 
 REMEDY = ("Check the network connection, the proxy and the package index that pip is configured "
           "with (pip config list), then run the same command again: what was downloaded is kept.")
-FULL = "The disk is full. Free some space, then run the same command again."
+FULL = ("The disk is full. Free some space where this workbook lies and where uv keeps what it "
+        "downloads (~/.cache/uv, or what UV_CACHE_DIR names), then run the same command again.")
 FULL_DISK = ("No space left", "os error 28", "Disk quota exceeded", "os error 122", "os error 27")
 
 

@@ -8,7 +8,6 @@ import threading
 from contextlib import redirect_stdout, suppress
 
 import pytest
-from conftest import REPO
 
 from helpers import WorkbookError, check, roofline, workspace
 from helpers.check import answers, record, task
@@ -318,10 +317,11 @@ def test_the_card_has_five_faults():
 
 def test_the_log_lines_are_those_that_vllm_writes():
     """Both sentences, in the source of the vLLM that serves; and the workbook reads them so."""
-    from helpers import server_log
+    from helpers import server_log, serving
     from helpers.check import tasks_05
 
-    (layers,) = (REPO / ".venv-serve").glob("lib/python3*/site-packages/vllm/model_executor")
+    (layers,) = serving.serve_python().parents[1].glob(
+        "lib/python3*/site-packages/vllm/model_executor")
     written = [node.value for file in ("kernels/linear/__init__.py",
                                        "layers/quantization/utils/marlin_utils_fp8.py")
                for node in ast.walk(ast.parse((layers / file).read_text()))

@@ -1,7 +1,6 @@
 """The artefacts are valid and hold no secret; vLLM's own parser takes their flags."""
 
 import json
-import os
 import shlex
 import subprocess
 from types import SimpleNamespace
@@ -27,13 +26,13 @@ FROM_HUB = deployment.Deployment("me/phi-4-fp8", "phi-4-fp8", 16384, 15_691_827_
 def in_serving(script: str, arguments: list[str]) -> dict:
     done = subprocess.run(
         [serving.serve_python(), REPO / "tests" / "serve_side" / script, *arguments], text=True,
-        capture_output=True, env=os.environ | serving.ENVIRONMENT, cwd=REPO)
+        capture_output=True, env=serving.environment(), cwd=REPO)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def ask_vllm(commands: list[list[str]]) -> list[dict]:
-    environment = os.environ | serving.ENVIRONMENT
+    environment = serving.environment()
     done = subprocess.run(
         [serving.serve_python(), REPO / "tests" / "serve_side" / "parse_flags.py"], text=True,
         input="".join(json.dumps(c) + "\n" for c in commands), capture_output=True,
@@ -106,12 +105,18 @@ def test_flags_of_ones_own_are_in_every_command():
     assert "marlin" not in deployment.docker_run(FROM_HUB)
 
 
+def test_commands_of_the_workbooks_own_environment_sample_without_a_compiler():
+    for machines in deployment.beyond_one_gpu("me/phi-4-fp8").values():
+        for words in map(shlex.split, machines):
+            assert words[:4] == ["env", "VLLM_USE_FLASHINFER_SAMPLER=0", "vllm", "serve"]
+
+
 def test_vllms_own_parser_takes_every_command(own, tiny_base):
     """Phi-4 by its config alone: parsing and vLLM's check of the sizes need no weights."""
     phi4 = str(REPO / "data" / "phi4")
     commands = [[str(tiny_base.path), *deployment.arguments(own)[1:]]]
     for machines in deployment.beyond_one_gpu(phi4).values():
-        commands += [shlex.split(machine)[2:] for machine in machines
+        commands += [shlex.split(machine)[4:] for machine in machines
                      if "--headless" not in machine]
     commands += [[phi4, "--tensor-parallel-sise", "2"], [phi4, "--tensor-parallel-size", "3"],
                  [phi4, "--max-model-len", "32768"]]

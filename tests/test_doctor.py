@@ -7,12 +7,13 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import doctor
 import pytest
 from conftest import REPO
 
-from helpers import cpu, hardware, preflight
+from helpers import cpu, hardware, models, preflight
 
 H100 = "NVIDIA H100 80GB HBM3, 81559, 9.0, 580.82.07"  # as nvidia-smi prints them
 A40 = "NVIDIA A40, 46068, 8.6, 580.82.07"
@@ -73,6 +74,52 @@ def test_a_gpu_gets_the_model_and_mode_that_the_notebooks_would_choose(
         assert " tiny-phi4 cpu-" in said.splitlines()[-1]
     else:
         assert said.splitlines()[-1].endswith(ends)
+
+
+def test_a_gpu_without_a_compiler_or_pythons_headers_is_told_before_the_set_up(
+        tmp_path, monkeypatch):
+    """Triton compiles at run time: the doctor tries it with the Python that would be used."""
+    assert "[OK]   C compiler: there, with Python's headers" in examined(tmp_path, H100)[1]
+    assert "C compiler" not in examined()[1]
+    said = examined(tmp_path, H100, CC="gcc -O2")[1]
+    assert "[FAIL] C compiler: CC is 'gcc -O2'" in said and "no compiler or headers" in said
+    monkeypatch.setattr(sys, "executable", "/usr/bin/false")
+    assert doctor.compilation("/usr/bin/false").ok  # it could not be asked, so nothing is claimed
+
+
+def test_room_for_the_model_is_asked_where_its_files_go(tmp_path, monkeypatch):
+    profile = models.PHI4
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("PHI4_FP8_WORKSPACE", str(tmp_path / "workspace"))
+    free = SimpleNamespace(free=0)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: free)
+    made = 0 if (REPO / ".venv-serve-gpu").is_dir() else doctor.DISK["gpu"]
+    one_disk = tmp_path.stat().st_dev == REPO.stat().st_dev
+    needed = profile.bf16_bytes + profile.fp8_bytes + (made if one_disk else 0)
+    free.free = max(needed, made)
+    assert doctor.model_disk(profile).ok
+    free.free = needed - 1
+    said = doctor.model_disk(profile)
+    assert not said.ok and f"29.3 GB to fetch into {tmp_path}/cache/hub (HF_HOME)" in said.detail
+    assert "PHI4_FP8_PROFILE=tiny-phi4" in said.detail and "PHI4_FP8_WORKSPACE" in said.detail
+    (tmp_path / "cache/hub/models--microsoft--phi-4/snapshots" / profile.revision).mkdir(
+        parents=True)
+    assert doctor.model_disk(profile).ok or made  # what is there is not fetched again
+
+
+@pytest.mark.parametrize("variables", [
+    {}, {"HF_HOME": "/a"}, {"HF_HUB_CACHE": "/b", "HF_HOME": "/a"}, {"XDG_CACHE_HOME": "/c"},
+    {"HF_HOME": "~/hf"}], ids=str)
+def test_the_hubs_cache_is_where_its_client_puts_it(monkeypatch, variables):
+    for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    client = subprocess.check_output(
+        [sys.executable, "-c",
+         "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"], text=True)
+    assert str(doctor.hub_cache()) == client.strip()
 
 
 @pytest.mark.parametrize("kind, machine, release, libc, ok, says", [

@@ -11,7 +11,7 @@ from pathlib import Path
 import environments
 import pytest
 
-from helpers import cpu, hardware, preflight
+from helpers import compiler, cpu, hardware, preflight, serving
 from helpers.hardware import Gpu, Machine
 
 # Name, compute capability (NVIDIA's table of CUDA GPUs), memory in GB, the mode it gets.
@@ -166,8 +166,8 @@ def test_a_gpu_in_mig_slices_is_its_slices(monkeypatch):
 
 
 def serving_environment(repo: Path, cuda: str) -> None:
-    """A .venv-serve with nothing but torch's version.py, in torch's own words."""
-    torch = repo / ".venv-serve" / "lib" / "python3.11" / "site-packages" / "torch"
+    """A .venv-serve-gpu with nothing but torch's version.py, in torch's own words."""
+    torch = repo / ".venv-serve-gpu" / "lib" / "python3.11" / "site-packages" / "torch"
     torch.mkdir(parents=True)
     (torch / "version.py").write_text(
         f"from typing import Optional\n__version__ = '2.13.0'\ncuda: Optional[str] = {cuda}\n"
@@ -204,9 +204,9 @@ def test_a_machine_without_a_gpu_has_no_driver_to_complain_of():
 
 def test_this_serving_environments_torch_is_read_as_it_reads_itself():
     said = subprocess.check_output(
-        [hardware.REPO / ".venv-serve" / "bin" / "python", "-c",
-         "from torch.version import cuda; print(cuda or '')"], text=True).strip()
-    read = hardware.torch_cuda(hardware.REPO / ".venv-serve")
+        [serving.serve_python(), "-c", "from torch.version import cuda; print(cuda or '')"],
+        text=True).strip()
+    read = hardware.torch_cuda(serving.serve_python().parents[1])
     assert said == ("{}.{}".format(*read) if read else "")
 
 
@@ -250,7 +250,6 @@ def test_set_up_and_preflight_see_the_same_gpu():
     """Set-up asks NVML by ctypes, before anything is installed; the helpers ask nvidia-ml-py."""
     mode = hardware.serving_mode(hardware.detect())
     assert environments.usable_gpu() == (mode.device == "cuda")
-    assert environments.OLDEST_CAPABILITY == hardware.W8A16_CAPABILITY
 
 
 def test_preflight_of_this_machine():
@@ -266,7 +265,7 @@ def test_preflight_of_this_machine():
 def test_preflight_says_what_to_do(monkeypatch, capsys):
     poor = machine(gpu("NVIDIA GeForce GTX 1080", (6, 1), 8), ram=2, disk=1)
     monkeypatch.setattr(hardware, "detect", lambda: poor)
-    monkeypatch.setattr(hardware, "REPO", hardware.REPO / "tests")  # no .venv-serve there
+    monkeypatch.setattr(hardware, "REPO", hardware.REPO / "tests")  # no environment there
     assert preflight.main() == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[FAIL]")]
     assert [line.split()[1].rstrip(":") for line in failed] == ["disk", "RAM", "serving", "mode"]
@@ -277,5 +276,10 @@ def test_preflight_says_what_to_do(monkeypatch, capsys):
 def test_a_gpu_mode_needs_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     on_gpu = hardware.serving_mode(machine(gpu("NVIDIA L4", (8, 9), 24)))
+    assert "apt install build-essential" in preflight._compiler(on_gpu).detail
     assert not preflight._compiler(on_gpu).ok
     assert preflight._compiler(dataclasses.replace(on_gpu, device="cpu")).ok
+    monkeypatch.undo()
+    assert preflight._compiler(on_gpu).ok
+    monkeypatch.setattr(compiler, "include_folder", lambda: str(tmp_path))
+    assert "Python.h is not in" in preflight._compiler(on_gpu).detail

@@ -164,7 +164,7 @@ def test_a_deployed_server_asks_for_the_key(tiny_base, tmp_path, happened):
     command = words[words.index(deployment.IMAGE) + 1:]
     command = [{"/model": str(tiny_base.path), "0.0.0.0": "127.0.0.1", "8000": str(port)}.get(w, w)
                for w in command] + flags() + ["--api-server-count", "2"]
-    environment = {**os.environ, **serving.ENVIRONMENT, "VLLM_API_KEY": key,
+    environment = {**serving.environment(), "VLLM_API_KEY": key,
                    "KEY_GUARD": guard.removeprefix("KEY_GUARD="),
                    "PATH": f"{tmp_path}:{os.environ['PATH']}",
                    "TMPDIR": tempfile.gettempdir(),  # short enough for a socket's name
@@ -306,7 +306,7 @@ def test_names_are_quoted_for_shell_and_compose(tmp_path, happened):
     assert _composed(service["environment"]["KEY_GUARD"]) == GUARD.read_text()
     assert json.loads(deployment.runpod_template(served))["name"] == f"{name}-vllm"
     for machines in deployment.beyond_one_gpu(str(folder)).values():
-        assert all(shlex.split(command)[2] == str(folder) for command in machines)
+        assert all(shlex.split(command)[4] == str(folder) for command in machines)
     happened("each text gives back the name and the folder as they are")
 
 

@@ -5,7 +5,6 @@ the versions and the commit, to be kept under data/measured.
 """
 
 import json
-import os
 import subprocess
 
 import pytest
@@ -65,7 +64,7 @@ def ask(script: str, *arguments: str, asked: str = "") -> tuple[dict, str]:
     """What a script of tests/serve_side answers, and its log."""
     done = subprocess.run(
         [serving.serve_python(), REPO / "tests" / "serve_side" / script, *arguments], cwd=REPO,
-        input=asked, capture_output=True, text=True, env=os.environ | serving.ENVIRONMENT
+        input=asked, capture_output=True, text=True, env=serving.environment()
         | {"PYTHONPATH": str(REPO)})
     log = done.stdout + done.stderr
     answers = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]

@@ -1,0 +1,61 @@
+"""What vLLM is started with: its programs first, and no kernel compiled for sampling."""
+
+import os
+import subprocess
+
+from conftest import REPO
+
+from helpers import serving, serving_env
+
+# vLLM's own gate, on the platform told that it is CUDA: "no", or what it asks next.
+GATE = """
+from vllm.platforms import current_platform
+type(current_platform).is_cuda = lambda self: True
+from vllm.v1.sample.ops import topk_topp_sampler
+try:
+    answer = topk_topp_sampler.flashinfer_sampler_supported()
+except Exception as asked:  # with no device, it can go no further than to FlashInfer itself
+    answer = type(asked).__name__
+print("ANSWER", answer)
+"""
+
+
+def gate(environ: dict) -> str:
+    done = subprocess.run([serving.serve_python(), "-c", GATE], env=environ, cwd=REPO, text=True,
+                          capture_output=True)
+    answer = done.stdout.rpartition("\n")[0].rpartition("\n")[2]
+    assert answer.startswith("ANSWER"), done.stderr[-2000:]
+    return answer.removeprefix("ANSWER ")
+
+
+def test_vllm_leaves_flashinfers_sampler_and_its_compiler_alone(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "1")  # a reader's, for another vLLM
+    ours = serving.environment()
+    assert gate(ours) == "False"
+    ours.pop("VLLM_USE_FLASHINFER_SAMPLER")
+    assert gate(ours) != "False"  # by itself it takes it, from capability 8.0 on
+
+
+def test_the_serving_environments_programs_come_first(monkeypatch, tmp_path):
+    theirs = tmp_path / "ninja"
+    theirs.write_text("#!/bin/sh\necho another ninja\n")
+    theirs.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    own = serving.environment()
+    found = subprocess.check_output(["sh", "-c", "command -v ninja"], env=own, text=True).strip()
+    assert found == str(serving_env.folder() / "bin" / "ninja")  # as FlashInfer calls it
+    monkeypatch.delenv("PATH")
+    assert serving.environment()["PATH"].endswith(os.defpath)
+
+
+def test_a_servers_process_gets_both(tiny_base, tmp_workspace, monkeypatch):
+    """The variables that reach the process itself, told by the supervisor's own child."""
+    server = serving.VllmServer(tiny_base)
+    told = tmp_workspace.parent / "told"
+    monkeypatch.setattr(server, "command", lambda port: ["/bin/sh", "-c", f"env > {told}"])
+    monkeypatch.setattr(serving.server_log, "create", lambda *of: tmp_workspace.parent / "log")
+    server._begin([])
+    server._supervisor.wait(30)
+    variables = dict(line.split("=", 1) for line in told.read_text().splitlines() if "=" in line)
+    assert variables["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
+    assert variables["PATH"].startswith(f"{serving_env.folder()}/bin:")
