@@ -28,10 +28,11 @@ def jupyter() -> str:
 def ask(program: str, *words: str) -> dict:
     """What a `jupyter` command says as JSON; it may print lines of its own before."""
     done = subprocess.run([program, *words, "--json"], capture_output=True, text=True)
-    if done.returncode:
+    begins = done.stdout.find("{")
+    if done.returncode or begins < 0:
         sys.exit(f"{program} {' '.join(words)} failed: {done.stderr.strip()[-300:]}\n"
                  "Open a terminal in the Jupyter that you use, and run `make kernel` there.")
-    return json.loads(done.stdout[done.stdout.index("{"):])
+    return json.loads(done.stdout[begins:])
 
 
 def can_write(folder: Path) -> bool:

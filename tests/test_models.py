@@ -133,9 +133,18 @@ def test_offline_mode_is_honoured(tmp_path):
     assert "could not be downloaded" in obtain_offline(tmp_path, HF_HUB_OFFLINE="1")
 
 
-def test_a_disk_too_small_for_the_download_is_said_first(tmp_path):
-    with pytest.raises(WorkbookError, match="nothing half-written is left"):
-        workspace.require_disk(tmp_path, 10**18, "Downloading microsoft/phi-4")
+def test_a_disk_too_small_is_said_first_with_the_variable_that_names_it(tmp_path, monkeypatch):
+    """What is written goes to the workspace; what is fetched, to the hub's cache."""
+    with pytest.raises(WorkbookError, match="nothing half-written is left") as written:
+        workspace.require_disk(tmp_path, 10**18, "Writing phi-4-fp8")
+    assert "PHI4_FP8_WORKSPACE" in written.value.remedy and "HF_" not in written.value.remedy
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    for variable in ("HF_HOME", "HF_HUB_CACHE"):  # the second is the stronger, where it is set
+        with pytest.raises(hub.HubError) as fetched:
+            hub._require_disk(tmp_path, 10**18)
+        assert f"set {variable}, which says where downloads go" in fetched.value.remedy
+        assert str(tmp_path) in fetched.value.why and "WORKSPACE" not in fetched.value.remedy
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
 
 
 def test_the_ledger_gets_name_repository_and_revision():

@@ -188,9 +188,11 @@ def test_an_occupied_port(tmp_workspace, tiny_base):
             serving.VllmServer(tiny_base, port=port).start()
 
 
-def test_no_serving_environment(tmp_path, monkeypatch):
-    monkeypatch.setattr(workspace, "repo", lambda: tmp_path)
-    with pytest.raises(WorkbookError, match="no serving environment"):
+@pytest.mark.parametrize(("device", "name"), [("cpu", ".venv-serve"), ("cuda", ".venv-serve-gpu")])
+def test_no_serving_environment(tmp_path, monkeypatch, device, name):
+    monkeypatch.setattr(hardware, "REPO", tmp_path)
+    monkeypatch.setattr(hardware, "serving_mode", lambda machine: SimpleNamespace(device=device))
+    with pytest.raises(WorkbookError, match=rf"no serving environment \({name}\)"):
         serving.serve_python()
 
 
