@@ -107,14 +107,16 @@ class Course:
         def size(nbytes: int) -> str:
             return f"{nbytes / 1e9:.1f} GB" if nbytes > 1e9 else f"{nbytes / 1e6:.1f} MB"
 
-        where = "GPU memory" if self.mode.device == "cuda" else "RAM"
+        gpus = models.gpus(self.profile, self.machine)
+        where = ("RAM" if self.mode.device == "cpu" else "GPU memory" if gpus == 1 else
+                 f"memory of {gpus} GPUs")
         bf16, fp8 = size(self.profile.bf16_bytes), size(self.profile.fp8_bytes)
         both = "bf16" in models.arms(self.profile, self.machine)
-        way = quantize.route_for(self.profile.bf16_bytes, self.machine)
+        way = quantize.route_for(self.profile, self.machine)
         served = f"{bf16 if both else fp8} {where} and the KV cache"
         rows = [
             ("01 load", bf16 if self.profile.source == "hub" else "nothing",
-             f"{bf16} {where if both else 'GPU memory and RAM together'}"),
+             f"{bf16} {where if both else f'{where} and RAM together'}"),
             ("02 quantize", fp8, f"{size(way.ram)} RAM" + (", streamed" if way.streams else "")),
             ("03 inspect", "nothing", "one tensor at a time"),
             ("05 serve", "a log", f"{fp8} {where} and the KV cache"),
@@ -177,18 +179,21 @@ class Course:
                         metrics=throughput.summary(rounds, arm, DECODING))
 
     def __repr__(self) -> str:
-        gpus = ", ".join(gpu.name for gpu in self.machine.gpus)
+        names = ", ".join(gpu.name for gpu in self.machine.gpus)
         count = self.profile.parameters
         size = f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
         lines = {
             "machine": f"{self.machine.cpu_model}, {self.machine.cores} cores, "
                        f"{self.machine.ram_bytes / 2**30:.0f} GiB RAM, "
-                       f"{f'GPU: {gpus}' if gpus else 'no NVIDIA GPU'}",
+                       f"{f'GPU: {names}' if names else 'no NVIDIA GPU'}",
             "mode": f"{self.mode.title}: {self.mode.why}",
             "model": f"{self.profile.title}, {size} parameters, scored on the task "
                      f"{self.profile.task}"}
         if self.machine.note:
             lines["note"] = self.machine.note
+        if (gpus := models.gpus(self.profile, self.machine)) > 1:
+            lines["GPUs"] = (f"{gpus} share each model (--tensor-parallel-size {gpus}), since one "
+                             "is too small")
         if models.arms(self.profile, self.machine) == ("fp8",):
             lines["arms"] = (
                 f"FP8 alone: bf16 takes {self.profile.bf16_bytes / 1e9:.3g} GB of weights and does "

@@ -45,20 +45,6 @@ class Deployment:
         return Path(self.model).resolve() if Path(self.model).is_dir() else None
 
 
-def tensor_parallel_sizes(config: dict) -> list[int]:
-    """The GPU counts that one layer of this config can be divided over, in vLLM 0.32.
-
-    Query heads are dealt out evenly; KV heads too, or each is copied to the same number of GPUs;
-    and so are the rows of the embedding and of lm_head, padded to a multiple of 64.
-    Source: vLLM's `ModelConfig.verify_with_parallel_config`, `LlamaAttention` (Phi-4's class is
-    built on it) and `VocabParallelEmbedding`; a test builds Phi-4 with each.
-    """
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    vocabulary = -(-config["vocab_size"] // 64) * 64
-    return [n for n in range(1, heads + 1) if heads % n == 0 and vocabulary % n == 0
-            and (kv_heads % n == 0 or n % kv_heads == 0)]
-
-
 def arguments(deployment: Deployment) -> list[str]:
     """What follows `vllm serve`: the model and its flags, everything else vLLM's default."""
     model = MOUNT if deployment.directory else str(deployment.model)
@@ -169,8 +155,9 @@ def beyond_one_gpu(model: str, flags: tuple[str, ...] = ()) -> dict[str, list[st
     guard of the key can be imported. They listen on the machine itself alone, and sample without
     FlashInfer, which needs nvcc; vLLM's own image, for the other artefacts, has it.
 
-    Phi-4 divides over 2 GPUs and no more (`tensor_parallel_sizes`); so 8 GPUs are 2 (tensor) times
-    4 (pipeline), or replicas behind one endpoint (data). `flags`: as in `Deployment`.
+    Phi-4 divides over 2 GPUs and no more (`roofline.tensor_parallel_sizes`); so 8 GPUs are 2
+    (tensor) times 4 (pipeline), or replicas behind one endpoint (data). `flags`: as in
+    `Deployment`.
     """
     sampler = "VLLM_USE_FLASHINFER_SAMPLER"
     worker = ["env", f"{sampler}={ENVIRONMENT[sampler]}", "vllm", "serve", model, *flags]

@@ -6,7 +6,7 @@ import platform
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from helpers import cpu
@@ -18,18 +18,27 @@ GB = 10**9
 # 16-bit activations by Marlin kernels from Turing (7.5) on.
 W8A8_CAPABILITY = (8, 9)
 W8A16_CAPABILITY = (7, 5)
+# Below it vLLM refuses bf16 (`vllm/platforms/cuda.py`, `check_if_supports_dtype`).
+BF16_CAPABILITY = (8, 0)
 # The oldest driver for each major CUDA, on which all its minor versions run. NVIDIA, CUDA
 # Compatibility, https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 OLDEST_DRIVER = {12: 525, 13: 580}
+# Where a container's limit of memory is, in cgroup v2 and in v1: folder, limit, used, what of it is
+# cache. Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst
+CGROUPS = ((Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+           (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes",
+            "total_inactive_file"))
+NO_LIMIT = 2**60  # v1 says "none" by a number near 2^63
 
 @dataclass(frozen=True)
 class Gpu:
     index: int  # NVML's, in the order of the PCI bus
     name: str
-    memory_bytes: int
+    memory_bytes: int  # NVML's total
     compute_capability: tuple[int, int]
     driver: str
     cuda: tuple[int, int] | None = None  # the newest that the driver supports; None: not asked
+    free_bytes: int | None = field(default=None, compare=False)  # when asked; None: not asked
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,7 @@ class ServingMode:
     device: str  # "cuda" or "cpu"
     title: str
     why: str
+    dtype: str = "bfloat16"  # what 16-bit numbers are served in, as vLLM names it
 
 
 def detect(disk_path: Path | None = None) -> Machine:
@@ -68,7 +78,7 @@ def detect(disk_path: Path | None = None) -> Machine:
         cpu_model=model,
         cores=len(os.sched_getaffinity(0)),
         cpu_features=features,
-        ram_bytes=min(psutil.virtual_memory().total, _container_memory()),
+        ram_bytes=min(psutil.virtual_memory().total, _container().get("limit", NO_LIMIT)),
         disk_free_bytes=shutil.disk_usage(disk_path or REPO).free,
         os=platform.platform(terse=True),
         python=platform.python_version(),
@@ -86,21 +96,23 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
         if _nvidia_on_pci_bus():
             return (), f"an NVIDIA GPU is in this machine, but its driver does not answer ({error})"
         return (), ""
+    gpus, uuids = [], []
     try:
         driver = pynvml.nvmlSystemGetDriverVersion()
         version = pynvml.nvmlSystemGetCudaDriverVersion()  # 1000 major + 10 minor
         cuda = version // 1000, version % 1000 // 10
         devices = [pynvml.nvmlDeviceGetHandleByIndex(i)
                    for i in range(pynvml.nvmlDeviceGetCount())]
-        gpus, uuids = [], []
         for index, device in enumerate(devices):
             capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(device))
             # Of a GPU cut into MIG slices, CUDA sees the slices, each with its part of the memory.
             for part in _mig_slices(device) or [device]:
-                gpus.append(Gpu(index, pynvml.nvmlDeviceGetName(part),
-                                pynvml.nvmlDeviceGetMemoryInfo(part).total, capability, driver,
-                                cuda))
+                memory = pynvml.nvmlDeviceGetMemoryInfo(part)
+                gpus.append(Gpu(index, pynvml.nvmlDeviceGetName(part), memory.total, capability,
+                                driver, cuda, memory.free))
                 uuids.append(pynvml.nvmlDeviceGetUUID(part))
+    except pynvml.NVMLError as error:  # a GPU that has fallen off its bus, or shares the RAM
+        return (), f"an NVIDIA GPU is in this machine, but NVML does not describe it ({error})"
     finally:
         pynvml.nvmlShutdown()
     setting = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -131,7 +143,7 @@ def _mig_slices(device) -> list:
             with contextlib.suppress(pynvml.NVMLError_NotFound):  # a place without a slice
                 slices.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(device, index))
         return slices
-    except pynvml.NVMLError_NotSupported:
+    except pynvml.NVMLError:
         return []
 
 
@@ -178,25 +190,26 @@ def dotted(version: tuple[int, int]) -> str:
     return "{}.{}".format(*version)
 
 
-def energy_joules() -> float | None:
-    """The energy that the first visible GPU has used since its driver was loaded, in joules.
+def energy_joules(count: int = 1) -> float | None:
+    """The energy that the first `count` visible GPUs used since their driver was loaded, in joules.
 
-    None where there is no GPU, or where it does not report its energy. Source: NVML
-    `nvmlDeviceGetTotalEnergyConsumption` (millijoules, Volta and newer).
+    None where there is no GPU, or where NVML does not tell, for whatever reason: under WSL2 it has
+    no counter. Source: `nvmlDeviceGetTotalEnergyConsumption` (millijoules, Volta and newer).
     """
     import pynvml
 
-    gpus, _ = _gpus()
-    if not gpus:
+    indices = [gpu.index for gpu in _gpus()[0][:count]]
+    if not indices:
         return None
-    pynvml.nvmlInit()
     try:
-        device = pynvml.nvmlDeviceGetHandleByIndex(gpus[0].index)
-        return pynvml.nvmlDeviceGetTotalEnergyConsumption(device) / 1000
-    except pynvml.NVMLError_NotSupported:
+        pynvml.nvmlInit()
+        return sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(
+            pynvml.nvmlDeviceGetHandleByIndex(index)) for index in indices) / 1000
+    except pynvml.NVMLError:
         return None
     finally:
-        pynvml.nvmlShutdown()
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
 
 
 def visible(uuids: Sequence[str], setting: str | None) -> list[int]:
@@ -227,25 +240,40 @@ def _nvidia_on_pci_bus() -> bool:
     )
 
 
-def _container_memory() -> float:
-    """The limit on memory in bytes that a container sets (cgroup v2); infinity where none does."""
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return float("inf") if text == "max" else int(text)
+def _container() -> dict[str, int]:
+    """A container's "limit" of memory, what is "used" of it and what of that is "cache", in bytes.
+
+    Empty where no limit is set. "cache" is of files that were read, and can be dropped; the kernel
+    counts it as used.
+    """
+    for folder, limit, used, cache in CGROUPS:
+        if (folder / limit).is_file():
+            text = (folder / limit).read_text().strip()
+            if not text.isdecimal() or int(text) >= NO_LIMIT:
+                return {}
+            found = re.search(rf"^{cache} (\d+)$", (folder / "memory.stat").read_text(), re.M)
+            return {"limit": int(text), "used": int((folder / used).read_text()),
+                    "cache": int(found[1]) if found else 0}
+    return {}
 
 
 def available_ram() -> int:
-    """Bytes of memory that are free without swapping, within a container's limit (cgroup v2)."""
+    """Bytes of memory that are free without swapping, within a container's limit."""
     import psutil
 
-    used = Path("/sys/fs/cgroup/memory.current")
-    free = psutil.virtual_memory().available
-    return int(min(free, _container_memory() - int(used.read_text()))) if used.exists() else free
+    free, own = psutil.virtual_memory().available, _container()
+    return int(min(free, own["limit"] - own["used"] + own["cache"])) if own else free
 
 
 def best_gpu(machine: Machine) -> Gpu:
     """The GPU of newest compute capability, and among those the one with most memory."""
     return max(machine.gpus, key=lambda g: (g.compute_capability, g.memory_bytes))
+
+
+def equal_gpus(machine: Machine) -> tuple[Gpu, ...]:
+    """The GPUs that may share a model: all, where they are equal, else the best one alone."""
+    kinds = {(gpu.name, gpu.memory_bytes) for gpu in machine.gpus}
+    return machine.gpus if len(kinds) == 1 else (best_gpu(machine),)
 
 
 def serving_mode(machine: Machine) -> ServingMode:
@@ -274,16 +302,19 @@ def capability(gpu: Gpu) -> str:
 
 
 def gpu_mode(gpu: Gpu) -> ServingMode:
-    """How one GPU serves FP8, by its compute capability."""
+    """How one GPU serves FP8, and in what 16-bit numbers, by its compute capability."""
     has = f"{gpu.name} has compute capability {capability(gpu)}"
     if gpu.compute_capability >= W8A8_CAPABILITY:
         return ServingMode("gpu-w8a8", "cuda", "W8A8 on the GPU",
                            f"{has} (8.9 or newer): 8-bit weights and activations on FP8 tensor "
                            "cores")
     if gpu.compute_capability >= W8A16_CAPABILITY:
+        old = gpu.compute_capability < BF16_CAPABILITY
         return ServingMode("gpu-w8a16", "cuda", "W8A16 on the GPU",
                            f"{has} (7.5 to 8.8): 8-bit weights, unpacked to 16 bits by "
-                           "Marlin kernels, and 16-bit activations")
+                           "Marlin kernels, and 16-bit activations"
+                           + (", in fp16, because bf16 needs 8.0" if old else ""),
+                           "float16" if old else "bfloat16")
     return ServingMode(
         "none", "cpu", "no FP8 on this GPU",
         f"{has}, and FP8 in vLLM needs 7.5 or newer. Set CUDA_VISIBLE_DEVICES= (empty) to leave "

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 from helpers import (
     WorkbookError,
+    capacity,
     checkpoint,
     hardware,
-    models,
     quantize,
     roofline,
     schemes,
@@ -122,13 +122,14 @@ def arms(mode: ServingMode) -> dict[str, Arm]:
 def choose(machine: Machine, mode: ServingMode, free: int | None = None) -> Slice:
     """The largest slice that memory holds, of up to `LAYERS`, and whether all servers fit at once.
 
-    `free`: bytes of memory to serve in, by default the GPU's that is used, or what is free of the
-    RAM, in which the slice is made in any case. Fewer layers come before fewer servers at once,
-    which costs a start for each turn. Raises `WorkbookError` where not even one layer fits.
+    `free`: bytes of memory to serve in, by default what vLLM may take of the GPU that is used, or
+    what is free of the RAM, in which the slice is made in any case. Fewer layers come before fewer
+    servers at once, which costs a start for each turn. Raises `WorkbookError` where not even one
+    layer fits.
     """
     ram = hardware.available_ram()
     if free is None:
-        free = models.memory(machine) if mode.device == "cuda" else ram
+        free = (capacity.usable(hardware.best_gpu(machine)) if mode.device == "cuda" else ram)
     for together in (True, False):
         for layers in range(LAYERS[mode.device], 0, -1):
             found = Slice(sliced(_phi4(), layers), together, "")

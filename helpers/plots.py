@@ -87,9 +87,8 @@ def decode_ceilings(table: DataFrame) -> None:
                       label=f"published: {PUBLISHED['bf16']} and {PUBLISHED['fp8']}")
     names = []
     for name, line in table.iterrows():
-        memory = f"{line['memory, GB']} GB"
         arithmetic = line["mode"] if line["FP8 kernel"] else "no FP8"
-        names.append(f"{name.removesuffix(memory).strip()}, {memory}, {arithmetic}")
+        names.append(f"{name}, {line['memory, GiB']:.1f} GiB, {arithmetic}")
     axis.set_yticks(range(len(table)), names)
     for label, name in zip(axis.get_yticklabels(), table.index, strict=True):
         label.set_fontweight("bold" if name == "A40" else "normal")

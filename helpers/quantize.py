@@ -139,16 +139,17 @@ def recipe_in(config: dict) -> dict:
 
 def route(base: Checkpoint) -> Route:
     """Whether `oneshot` can hold the model of `base`, or its shards have to be streamed."""
-    return route_for(checkpoint.total_bytes(base.tensors), hardware.detect())
+    return route_for(models.directory_profile(base), hardware.detect())
 
 
-def route_for(weights: int, machine: Machine) -> Route:
-    """`route` of a model with so many bytes of weights on a machine, before the model is there.
+def route_for(profile: Profile, machine: Machine) -> Route:
+    """`route` of a profile's model on a machine, before the model is there.
 
     What counts is the RAM that is free now, and whether the GPU, where one is used, could serve the
     model as it is: where it cannot, nothing needs the whole of it in memory.
     """
-    if not models.fits(weights, machine) and serving_mode(machine).device == "cuda":
+    weights = profile.bf16_bytes
+    if not models.fits(weights, profile, machine) and serving_mode(machine).device == "cuda":
         return Route(True, streaming.memory(), f"{weights / 1e9:.3g} GB of weights are more than "
                      f"the GPU's {models.memory(machine) / 1e9:.3g} GB can serve, so they are not "
                      "loaded: the model's shards are streamed on the CPU.")

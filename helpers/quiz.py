@@ -168,9 +168,9 @@ def _prompt() -> str:
 
 
 def _split() -> int:
-    from helpers import deployment
+    from helpers import roofline
 
-    return max(n for n in deployment.tensor_parallel_sizes(_phi4()) if n <= 8)
+    return max(n for n in roofline.tensor_parallel_sizes(_phi4()) if n <= 8)
 
 
 QUESTIONS = (

@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers import WorkbookError, checkpoint, gpu_memory, hardware, workspace
+from helpers import WorkbookError, capacity, checkpoint, hardware, workspace
 from helpers.hardware import Gpu, Machine
 from helpers.headers import TensorInfo
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "vocab_size", "max_position_embeddings")
-GPU_FIELDS = {"name": str, "nvml_name": str, "compute_capability": list, "memory_gb": int | float,
-              "bandwidth_gb_s": int | float, "source": str}
+GPU_FIELDS = {"name": str, "nvml_name": str, "compute_capability": list, "memory_mib": int,
+              "bandwidth_gb_s": int | float, "memory_source": str, "source": str}
 
 
 @dataclass(frozen=True)
@@ -117,13 +117,28 @@ def kv_bytes_per_token(config: dict) -> int:
     return 2 * 2 * config["num_key_value_heads"] * head_dim(config) * config["num_hidden_layers"]
 
 
+def tensor_parallel_sizes(config: dict) -> list[int]:
+    """The GPU counts that one layer of this config can be divided over, in vLLM 0.32.
+
+    Query heads are dealt out evenly; KV heads too, or each is copied to the same number of GPUs;
+    and so are the rows of the embedding and of lm_head, padded to a multiple of 64.
+    Source: vLLM's `ModelConfig.verify_with_parallel_config`, `LlamaAttention` (Phi-4's class is
+    built on it) and `VocabParallelEmbedding`; a test builds Phi-4 with each.
+    """
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    vocabulary = -(-config["vocab_size"] // 64) * 64
+    return [n for n in range(1, heads + 1) if heads % n == 0 and vocabulary % n == 0
+            and (kv_heads % n == 0 or n % kv_heads == 0)]
+
+
 @dataclass(frozen=True)
 class Budget:
     """How a server's memory divides: bytes, tokens of context, sequences at once, tokens/s.
 
-    `left` is what the weights leave of the memory that vLLM may take; it is negative where the
-    weights alone are too large. It is an upper bound for the KV cache, since activations and the
-    driver's own memory come off it. `ceiling` is the most that one stream can decode, tokens/s.
+    `left` is what the weights and the rest (`capacity.room`) leave for the KV cache; it is
+    negative where the weights alone are too large. `fits`: whether that holds one request of
+    `capacity.MAX_MODEL_LEN` tokens; where it does not, `tokens` is 0. `ceiling` is the most that
+    one stream can decode, tokens/s.
     """
 
     weights: int
@@ -133,21 +148,25 @@ class Budget:
     concurrency: int
     ceiling: float
 
+    @property
+    def fits(self) -> bool:
+        return self.tokens > 0
 
-def budget(config: dict, arm: str, memory_bytes: int, bytes_per_s: float,
-           utilization: float = 0.90) -> Budget:
-    """What serving a config in "bf16" or "fp8" takes of a memory, and what it leaves.
 
-    `utilization` is the share that vLLM takes, its `--gpu-memory-utilization`. Tokens are `left`
-    over `kv_bytes_per_token`, as vLLM counts them; `context` is the longest sequence that fits, and
-    `concurrency` counts the sequences of the model's full context that fit at once.
+def budget(config: dict, arm: str, memory_bytes: int, bytes_per_s: float) -> Budget:
+    """What serving a config in "bf16" or "fp8" takes of a GPU's memory, and what it leaves.
+
+    Tokens are `left` over `kv_bytes_per_token`, as vLLM counts them; `context` is the longest
+    sequence that fits, and `concurrency` counts the sequences of the model's full context that fit
+    at once.
     """
     planned = tensors(config)
     weights = checkpoint.total_bytes(
         checkpoint.predict_fp8(planned) if arm == "fp8" else planned)
-    left = int(memory_bytes * utilization) - weights
-    tokens = kv_tokens(config, max(0, left))
     longest = config["max_position_embeddings"]
+    least = kv_bytes_per_token(config) * min(capacity.MAX_MODEL_LEN, longest)
+    left = capacity.room(weights, memory_bytes)
+    tokens = kv_tokens(config, left) if capacity.fits(weights, least, memory_bytes) else 0
     return Budget(weights, left, tokens, min(tokens, longest), tokens // longest,
                   bytes_per_s / decode_bytes(config, arm) if tokens else 0.0)
 
@@ -182,7 +201,12 @@ def gpus() -> list[dict]:
 
 def listed(gpu: dict) -> Gpu:
     """A GPU of `data/gpus.json` as if it were in this machine."""
-    return Gpu(0, gpu["nvml_name"], gpu["memory_gb"] * 10**9, tuple(gpu["compute_capability"]), "")
+    return Gpu(0, gpu["nvml_name"], memory_bytes(gpu), tuple(gpu["compute_capability"]), "")
+
+
+def memory_bytes(gpu: dict) -> int:
+    """Bytes of memory of a GPU of `data/gpus.json`, as NVML counts them."""
+    return gpu["memory_mib"] * 2**20
 
 
 def named(name: str) -> dict:
@@ -197,7 +221,7 @@ def named(name: str) -> dict:
 
 def budgets(config: dict, gpu: dict) -> dict[str, Budget]:
     """The `Budget` of "bf16" and of "fp8" on a GPU of `data/gpus.json`, by arm."""
-    return {arm: budget(config, arm, gpu["memory_gb"] * 10**9, gpu["bandwidth_gb_s"] * 1e9)
+    return {arm: budget(config, arm, memory_bytes(gpu), gpu["bandwidth_gb_s"] * 1e9)
             for arm in ("bf16", "fp8")}
 
 
@@ -210,9 +234,10 @@ def explain(config: dict, name: str) -> str:
     mode = hardware.gpu_mode(listed(gpu))
     if mode.key == "none":
         return f"{mode.why}."
-    fitting = [arm for arm, found in budgets(config, gpu).items() if found.tokens]
-    verdict = {0: "Neither bf16 nor FP8 weights fit.",
-               1: "FP8 fits and bf16 does not: quantize on the CPU, serve FP8 alone.",
+    fitting = [arm for arm, found in budgets(config, gpu).items() if found.fits]
+    sixteen = "fp16" if mode.dtype == "float16" else "bf16"
+    verdict = {0: f"Neither {sixteen} nor FP8 weights fit.",
+               1: f"FP8 fits and {sixteen} does not: quantize on the CPU, serve FP8 alone.",
                2: "Both fit, so they can be compared on this GPU."}[len(fitting)]
     return f"{mode.title}. {verdict}"
 
@@ -221,8 +246,9 @@ def gpu_table(config: dict) -> DataFrame:
     """By GPU: serving mode, memory, bandwidth, one stream's ceilings, and what can be served.
 
     A DataFrame of values, slowest memory first. Ceilings are in tokens/s: bandwidth over bytes per
-    token, an upper bound that no server reaches. "bf16 fits" and "FP8 fits" are True where the
-    weights leave room for a KV cache, "FP8 kernel" where vLLM has a kernel for this GPU.
+    token, an upper bound that no server reaches; memory is NVML's. "bf16 fits" and "FP8 fits" are
+    True where the weights leave room for a KV cache (`Budget.fits`), "FP8 kernel" where vLLM has a
+    kernel for this GPU.
     """
     import pandas as pd
 
@@ -234,9 +260,9 @@ def gpu_table(config: dict) -> DataFrame:
         key = hardware.gpu_mode(listed(gpu)).key
         rows.append({
             "GPU": gpu["name"], "mode": modes[key], "FP8 kernel": key != "none",
-            "memory, GB": gpu["memory_gb"], "bandwidth, GB/s": gpu["bandwidth_gb_s"],
+            "memory, GiB": gpu["memory_mib"] / 1024, "bandwidth, GB/s": gpu["bandwidth_gb_s"],
             "bf16 ceiling": speed / bf16, "FP8 ceiling": speed / fp8,
-            "bf16 fits": found["bf16"].tokens > 0, "FP8 fits": found["fp8"].tokens > 0})
+            "bf16 fits": found["bf16"].fits, "FP8 fits": found["fp8"].fits})
     return pd.DataFrame(rows).set_index("GPU")
 
 
@@ -295,6 +321,8 @@ def measured_copy(device: str = "cuda") -> float:
         [sys.executable, "-c", f"from helpers import roofline; print(roofline._copy({device!r}))"],
         cwd=workspace.repo(), capture_output=True, text=True)
     if ran.returncode:
+        from helpers import gpu_memory  # needs psutil, and the doctor reads this module without
+
         raise WorkbookError(
             "The speed of the GPU's memory could not be measured.",
             f"A copy of 1 GiB in it failed: {ran.stderr.strip().rpartition(chr(10))[2]}",

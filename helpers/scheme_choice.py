@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from helpers import cpu_bench, ledger, models, roofline, schemes
+from helpers import capacity, cpu_bench, ledger, models, roofline, schemes
 from helpers.formats import Losses
 from helpers.hardware import Machine, ServingMode
 from helpers.throughput import Work
@@ -114,9 +114,10 @@ def recommend(gigabytes: Mapping[str, float], loss: Mapping[str, float],
     """The scheme to take for one kind of work on one machine, and why.
 
     By scheme: `gigabytes` of weights; `loss`, as `multiples` gives it; `speed` over bf16's, of
-    those only that the machine can compute with. `memory`: bytes for weights. The rule:
+    those only that the machine can compute with. `memory`: the bytes that weights may take
+    (`models.for_weights`). The rule:
 
-    1. What does not fit with 15 % to spare (`models.HEADROOM`) is out.
+    1. What does not fit is out.
     2. What loses more than `allowed` times FP8_DYNAMIC's KL is out. If nothing is left, what fits
        and loses least is taken.
     3. The fastest is taken. Of those less than `NO_GAIN` behind it, bf16 goes first, which loses
@@ -125,10 +126,9 @@ def recommend(gigabytes: Mapping[str, float], loss: Mapping[str, float],
     The scheme is "" where nothing fits.
     """
     speed = {"bf16": 1.0, **speed}
-    fits = [title for title in speed
-            if gigabytes[title] * 1e9 * models.HEADROOM <= memory]
+    fits = [title for title in speed if gigabytes[title] * 1e9 <= memory]
     if not fits:
-        return "", f"nothing fits in {memory / 1e9:.0f} GB"
+        return "", f"nothing fits in the {memory / 1e9:.1f} GB that weights may take"
     within = [title for title in fits if loss[title] <= allowed]
     if not within:
         chosen = min(fits, key=lambda title: loss[title])
@@ -168,11 +168,12 @@ def by_machine(sizes: DataFrame, loss: Mapping[str, float], machine: Machine, mo
         gpu = max(gpu.compute_capability for gpu in machine.gpus)
         known = speed.loc[REFERENCE, list(WORKS)] if REFERENCE in speed.index else None
         speed = ceilings(sizes, 10 * gpu[0] + gpu[1], None if known is None else dict(known))
-    found = {"this machine": answers(sizes, loss, speed, models.memory(machine), allowed)}
+    found = {"this machine": answers(sizes, loss, speed, models.for_weights(machine), allowed)}
     for name in OTHERS:
         gpu = roofline.named(name)
         major, minor = gpu["compute_capability"]
-        found[f"{name}, {gpu['memory_gb']} GB"] = answers(
-            sizes, loss, ceilings(sizes, 10 * major + minor), gpu["memory_gb"] * 10**9, allowed)
+        found[f"{name}, {gpu['memory_mib'] / 1024:.1f} GiB"] = answers(
+            sizes, loss, ceilings(sizes, 10 * major + minor),
+            capacity.room(models.PHI4.kv_bytes, roofline.memory_bytes(gpu)), allowed)
     return pd.DataFrame({name: {work: chosen or why for work, (chosen, why) in by_work.items()}
                          for name, by_work in found.items()}).T.rename_axis("machine")

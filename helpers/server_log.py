@@ -108,7 +108,14 @@ _REMEDIES = (  # (what the reason says, what to do), first match
      "The weights are damaged: make the checkpoint again."),
     (r"Address already in use|Errno 98", "Start it again: another program took its port."),
     (r"unrecognized arguments|error: argument", "Correct the flags given to the server."),
-    (r"out of memory|exit code: -9|No available memory|Free memory|KV cache is needed|"
+    (r"Free memory on device",
+     "Something else holds memory of this GPU, and `nvidia-smi` names it: a desktop, another "
+     "server, a notebook whose kernel is still there (JupyterLab: Running Terminals and Kernels). "
+     "End it and start the server again: its share follows from what is then free."),
+    (r"No available memory for the cache|cache is needed, which is larger",
+     "The weights leave too little of the memory that vLLM was given: end what else holds memory "
+     "of the GPU (`nvidia-smi` names it), or lower --max-model-len and --max-num-seqs."),
+    (r"out of memory|exit code: -9|"
      r"larger than the maximum number of tokens|bad_alloc|(?<!illegal )memory",
      "Stop other servers and programs that hold memory, or lower --max-model-len and "
      "--max-num-seqs."),

@@ -17,9 +17,20 @@ from collections.abc import Iterable, Sequence
 import psutil
 import requests
 
-from helpers import WorkbookError, address, checkpoint, client, server_log, workspace
+from helpers import (
+    WorkbookError,
+    address,
+    checkpoint,
+    client,
+    hardware,
+    models,
+    server_log,
+    workspace,
+)
 from helpers.checkpoint import Checkpoint
 from helpers.endpoint import Endpoint, checked_name
+from helpers.hardware import Machine, ServingMode
+from helpers.models import Profile
 from helpers.progress import Progress
 from helpers.serving_env import environment, serve_python
 
@@ -36,21 +47,26 @@ MARLIN = ["--linear-backend", "marlin"]
 GUARD = ["--middleware", "helpers.serve_side.guard.KeyGuard"]
 
 
-def default_flags(profile, mode) -> list[str]:
+def default_flags(profile: Profile, mode: ServingMode, machine: Machine | None = None) -> list[str]:
     """vLLM's flags for a profile in a serving mode, beside the ones every server gets.
 
     CPU: eager, since compiling costs more than it gains in a course; engine and worker in one
-    process (`uni`), which shortens the start; 1 GiB of KV cache. GPU: compiled, 90 % of its memory;
-    where FP8 weights meet 16-bit activations, Marlin's kernel by name, since vLLM 0.32 would take
-    another package's first (Humming, in `_POSSIBLE_WFP8A16_KERNELS`) and not say in its log which.
+    process (`uni`), which shortens the start; 1 GiB of KV cache. GPU: compiled; 90 % of its memory,
+    or what is free now; two equal GPUs where one does not hold both arms (`models.gpus`); where FP8
+    weights meet 16-bit activations, Marlin's kernel by name, since vLLM 0.32 would take another
+    package's first (Humming, in `_POSSIBLE_WFP8A16_KERNELS`) and not say in its log which.
+    `machine`: by default this one.
     """
-    flags = ["--dtype", "bfloat16", "--max-model-len", str(profile.max_model_len),
+    flags = ["--dtype", mode.dtype, "--max-model-len", str(profile.max_model_len),
              "--max-num-seqs", str(MAX_STREAMS[mode.device])]
     if mode.device == "cpu":
         return [*flags, "--enforce-eager",
                 "--kv-cache-memory-bytes", str(2**30), "--distributed-executor-backend", "uni"]
-    marlin = MARLIN if mode.key == "gpu-w8a16" else []
-    return [*flags, "--gpu-memory-utilization", "0.90", *marlin]
+    machine = machine or hardware.detect()
+    share, gpus = models.gpu_share(profile, machine), models.gpus(profile, machine)
+    return [*flags, "--gpu-memory-utilization", f"{share:.2f}",
+            *(["--tensor-parallel-size", str(gpus)] if gpus > 1 else []),
+            *(MARLIN if mode.key == "gpu-w8a16" else [])]
 
 
 class VllmServer(Endpoint):
@@ -133,6 +149,12 @@ class VllmServer(Endpoint):
     def is_running(self) -> bool:
         """Whether it was started, and not stopped since."""
         return self._supervisor is not None
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs share its layers."""
+        flag = "--tensor-parallel-size"
+        return int(self.flags[self.flags.index(flag) + 1]) if flag in self.flags else 1
 
     @property
     def port(self) -> int:

@@ -6,7 +6,16 @@ The reader predicts the ratios first, and finds them beside the measured ones.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from helpers import ledger, models, phi4_slice, predictions, serving, throughput
+from helpers import (
+    capacity,
+    hardware,
+    ledger,
+    models,
+    phi4_slice,
+    predictions,
+    serving,
+    throughput,
+)
 from helpers.checkpoint import Checkpoint
 from helpers.hardware import Machine, ServingMode
 from helpers.phi4_slice import Slice
@@ -54,7 +63,7 @@ def servers(part: Slice, copies: Mapping[str, Checkpoint], machine: Machine,
 
     `copies`: by format. On a GPU where all are up at once each is given its part of the memory.
     """
-    flags = ["--dtype", "bfloat16", "--max-model-len", str(phi4_slice.MAX_MODEL_LEN),
+    flags = ["--dtype", mode.dtype, "--max-model-len", str(phi4_slice.MAX_MODEL_LEN),
              "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(part.kv_bytes),
              *throughput.NO_REUSE]
     if mode.device == "cpu":
@@ -63,8 +72,9 @@ def servers(part: Slice, copies: Mapping[str, Checkpoint], machine: Machine,
     for name, arm in phi4_slice.arms(mode).items():
         model, share = copies[arm.format], []
         if mode.device == "cuda":
-            of_all = (part.served_bytes(arm.format, "cuda") / models.memory(machine)
-                      if part.together else 0.90)
+            gpu, served = hardware.best_gpu(machine), part.served_bytes(arm.format, "cuda")
+            of_all = (served / gpu.memory_bytes if part.together else
+                      capacity.share(served - phi4_slice.SERVER["cuda"], [gpu]))
             share = ["--gpu-memory-utilization", f"{of_all:.3f}"]
         found[name] = serving.VllmServer(model, [*flags, *share, *arm.flags],
                                          name=f"slice-{arm.format}")

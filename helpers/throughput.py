@@ -166,9 +166,11 @@ def in_turn(measure: Measure, of_arm: dict[str, serving.VllmServer], work: Seque
                 for server in (of_arm[name] for name in up):
                     for warm_up in work:
                         measure(server, warm_up.shorter())
-            before = hardware.energy_joules()
+            gpus = of_arm[arm].gpus
+            before = hardware.energy_joules(gpus)
             result = measure(of_arm[arm], each)
-            joules = math.nan if before is None else hardware.energy_joules() - before
+            after = hardware.energy_joules(gpus)
+            joules = math.nan if before is None or after is None else after - before
             rows.append({"round": number, "arm": arm, "work": each.title,
                          "streams": each.streams, "prompt_tokens": each.prompt_tokens,
                          "generated_tokens": each.generated_tokens,

@@ -140,7 +140,7 @@ def budget_table(config: dict, name: str):
     for arm, found in roofline.budgets(config, roofline.named(name)).items():
         columns[plots.TITLES[arm]] = {
             "weights, GB": f"{found.weights / 1e9:.2f}",
-            "left for the KV cache, GB": f"{found.left / 1e9:.2f}" if found.tokens else "none",
+            "left for the KV cache, GB": f"{found.left / 1e9:.2f}" if found.fits else "too little",
             "tokens of KV cache": f"{found.tokens:,}",
             "longest context": f"{found.context:,}",
             "full contexts at once": f"{found.concurrency}",

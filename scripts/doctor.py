@@ -28,6 +28,8 @@ GLIBC = (2, 31)  # of the wheels of llguidance, which vLLM needs; all others ask
 # nvidia-smi says no CUDA version in this form; 580 is the oldest driver of CUDA 13, which vLLM's
 # torch is built for (requirements/constraints/serve.txt, helpers.hardware.OLDEST_DRIVER).
 DRIVER = 580
+# Where a container's limit of memory is: cgroup v2, cgroup v1 (as in `helpers.hardware.CGROUPS`).
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 OLDEST = (7, 5)  # helpers.hardware.W8A16_CAPABILITY
 ELSEWHERE = "use GitHub Codespaces, a hub, WSL 2 or a cloud machine (workshop/README.md)"
 
@@ -165,14 +167,15 @@ def model_disk(profile) -> Finding:
 
 
 def memory() -> int:
-    """Bytes of RAM, within a container's limit (cgroup v2); 0 where the system does not say."""
+    """Bytes of RAM, within a container's limit; 0 where the system does not say."""
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf
         return 0
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return total if text == "max" else min(total, int(text))
+    for limit in LIMITS:
+        if limit.is_file() and limit.read_text().strip().isdecimal():
+            total = min(total, int(limit.read_text()))
+    return total
 
 
 def ram(has: int) -> Finding:
@@ -256,7 +259,7 @@ def will_run(found, model: str, features, ram_bytes: int) -> tuple:
                                0, "", "", "")
     mode = hardware.serving_mode(machine)
     best = next((profile for profile in (models.PHI4, models.PHI4_MINI)
-                 if mode.device == "cuda" and models.fits(profile.fp8_bytes, machine)), None)
+                 if mode.device == "cuda" and "fp8" in models.arms(profile, machine)), None)
     room = model_disk(best) if best and not os.environ.get(models.VARIABLE) else None
     if best is None:
         title, name = "the bundled model of Phi-4's architecture", "tiny-phi4"

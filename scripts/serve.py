@@ -11,7 +11,17 @@ import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from helpers import WorkbookError, address, checkpoint, course, models, servers, serving, workspace
+from helpers import (
+    WorkbookError,
+    address,
+    capacity,
+    checkpoint,
+    course,
+    models,
+    servers,
+    serving,
+    workspace,
+)
 from helpers.models import Profile
 from helpers.serve_side import about
 
@@ -44,13 +54,16 @@ def flags(phi4: course.Course, arms: dict[str, checkpoint.Checkpoint], arm: str)
             raise WorkbookError("This machine's free memory does not hold both servers.",
                                 "Each takes its weights and 4 GiB.", "Serve one: ARMS=fp8.")
         return own
-    memory = models.memory(phi4.machine)
-    weights = {each: checkpoint.total_bytes(model.tensors) for each, model in arms.items()}
-    rest = (SHARE * memory - sum(weights.values())) / len(arms)
-    if rest < 2 * 2**30:
-        raise WorkbookError("This GPU does not hold both servers.",
-                            f"{memory / 1e9:.0f} GB leave each less than 2 GiB beside its weights.",
-                            "Serve one: ARMS=fp8.")
+    memory, gpus = models.memory(phi4.machine), models.gpus(phi4.profile, phi4.machine)
+    weights = {each: checkpoint.total_bytes(model.tensors) / gpus for each, model in arms.items()}
+    share = min(SHARE, models.gpu_share(phi4.profile, phi4.machine))
+    rest = (share * memory - sum(weights.values())) / len(arms)
+    if rest < (least := capacity.REST + phi4.profile.kv_bytes / gpus):
+        raise WorkbookError(f"This GPU does not hold {' and '.join(arms)}.",
+                            f"Of {memory / 1e9:.0f} GB {share:.0%} are for servers, and each needs "
+                            f"{least / 1e9:.1f} GB beside its weights.",
+                            "Serve one: ARMS=fp8." if len(arms) > 1 else
+                            "End what else holds memory of the GPU: `nvidia-smi` names it.")
     return [*own, "--gpu-memory-utilization", f"{(weights[arm] + rest) / memory:.3f}"]
 
 

@@ -3,14 +3,14 @@
 import json
 import shlex
 import subprocess
-from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import REPO
 from gpu.test_gpu import RANDOM
 
-from helpers import deployment, models, roofline, serving
+from helpers import deployment, hardware, models, roofline, serving
+from helpers.hardware import Gpu, Machine
 
 PHI4 = roofline.load_config(REPO / "data" / "phi4")
 
@@ -81,7 +81,7 @@ def test_the_runpod_template_has_the_fields_of_its_api_and_room_for_the_weights(
 
 
 def test_phi4_divides_over_the_gpu_counts_that_vllm_builds_it_for():
-    sizes = deployment.tensor_parallel_sizes(PHI4)
+    sizes = roofline.tensor_parallel_sizes(PHI4)
     assert sizes == [1, 2]
     built = in_serving("build_parallel.py", [str(REPO / "data" / "phi4"), *map(str, range(1, 41))])
     assert [n for n, refused in built.items() if not refused] == [str(n) for n in sizes], built
@@ -90,7 +90,7 @@ def test_phi4_divides_over_the_gpu_counts_that_vllm_builds_it_for():
 
 def test_a_vocabulary_that_divides_leaves_the_heads_to_decide():
     wider = PHI4 | {"vocab_size": 102_400}
-    assert deployment.tensor_parallel_sizes(wider) == [1, 2, 5, 10, 20, 40]
+    assert roofline.tensor_parallel_sizes(wider) == [1, 2, 5, 10, 20, 40]
 
 
 def test_flags_of_ones_own_are_in_every_command():
@@ -120,14 +120,17 @@ def test_vllms_own_parser_takes_every_command(own, tiny_base):
                      if "--headless" not in machine]
     commands += [[phi4, "--tensor-parallel-sise", "2"], [phi4, "--tensor-parallel-size", "3"],
                  [phi4, "--max-model-len", "32768"]]
-    # the flags that a GPU gets, and those of tests/gpu
-    on_gpu = [[phi4, *serving.default_flags(models.PHI4, SimpleNamespace(key=key, device="cuda")),
-               *more] for key in ("gpu-w8a8", "gpu-w8a16") for more in ([], RANDOM)]
+    # the flags that a GPU gets, or two, and those of tests/gpu
+    machines = [Machine((Gpu(0, "a GPU", 24 << 30, capability, ""),) * count, "", 2, frozenset(),
+                        0, 0, "", "", "") for capability, count in (((8, 9), 1), ((8, 6), 2))]
+    on_gpu = [[phi4, *serving.default_flags(models.PHI4, hardware.serving_mode(where), where),
+               *more] for where in machines for more in ([], RANDOM)]
     answers = ask_vllm(commands + on_gpu)
     *taken, misspelt, three, too_long = answers[:len(commands)]
     on_gpu = answers[len(commands):]
     assert [each.get("max_model_len") for each in on_gpu] == [4096] * 4, answers
     assert [each["linear_backend"] for each in on_gpu] == ["auto"] * 2 + ["marlin"] * 2
+    assert [each["tp"] for each in on_gpu] == [1, 1, 2, 2]
     assert "refused" in misspelt
     assert "(40) must be divisible by tensor parallel size (3)" in three["refused"]
     assert "max_position_embeddings=16384" in too_long["refused"]  # Red Hat's card asks for it

@@ -123,6 +123,18 @@ def test_the_hubs_cache_is_where_its_client_puts_it(monkeypatch, variables):
     assert str(doctor.hub_cache()) == client.strip()
 
 
+@pytest.mark.parametrize("place", range(len(doctor.LIMITS)), ids=["cgroup v2", "cgroup v1"])
+@pytest.mark.parametrize("said, least", [("3000000000", 3 * 10**9), ("max", None)])
+def test_a_containers_limit_is_the_ram_it_has(monkeypatch, tmp_path, place, said, least):
+    limits = [tmp_path / str(number) for number in range(len(doctor.LIMITS))]
+    monkeypatch.setattr(doctor, "LIMITS", limits)
+    whole = doctor.memory()
+    limits[place].write_text(said + "\n")
+    assert doctor.memory() == (least or whole) <= whole
+    assert [str(each[0] / each[1]) for each in hardware.CGROUPS] == [
+        "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]
+
+
 @pytest.mark.parametrize("kind, machine, release, libc, ok, says", [
     ("Darwin", "arm64", "24.0", ("", ""), False, "Darwin on arm64"),
     ("Windows", "AMD64", "11", ("", ""), False, "WSL 2"),

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import environments
 import pytest
@@ -98,7 +99,6 @@ def test_gpus_as_nvml_tells_them(monkeypatch):
 
     cards = [("NVIDIA H100 80GB HBM3", 85_520_809_984, (9, 0), "GPU-aa"),
              ("Tesla T4", 16_106_127_360, (7, 5), "GPU-bb")]
-    memory = type("Memory", (), {})
     answers = {
         "nvmlInit": lambda: None, "nvmlShutdown": lambda: None,
         "nvmlSystemGetDriverVersion": lambda: "580.95.05",
@@ -106,7 +106,8 @@ def test_gpus_as_nvml_tells_them(monkeypatch):
         "nvmlDeviceGetCount": lambda: len(cards),
         "nvmlDeviceGetHandleByIndex": lambda i: i,
         "nvmlDeviceGetName": lambda i: cards[i][0],
-        "nvmlDeviceGetMemoryInfo": lambda i: (setattr(memory, "total", cards[i][1]), memory)[1],
+        "nvmlDeviceGetMemoryInfo": lambda i: SimpleNamespace(total=cards[i][1],
+                                                             free=cards[i][1] - 3 * 10**9),
         "nvmlDeviceGetCudaComputeCapability": lambda i: list(cards[i][2]),
         "nvmlDeviceGetUUID": lambda i: cards[i][3],
         "nvmlDeviceGetMigMode": lambda i: [0, 0],
@@ -123,11 +124,14 @@ def test_gpus_as_nvml_tells_them(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bb")
     found = hardware.detect()
     assert found.gpus == (t4,) and "hides 1 GPU" in found.note
+    assert found.gpus[0].free_bytes == 16_106_127_360 - 3 * 10**9
     assert hardware.energy_joules() == 7.5
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     found = hardware.detect()
     assert found.gpus == () and "hides 2 GPU" in found.note
     assert hardware.energy_joules() is None
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert (hardware.energy_joules(), hardware.energy_joules(2)) == (5, 12.5)
     assert hardware.serving_mode(found).device == "cpu"
 
 
@@ -140,7 +144,7 @@ def test_a_gpu_in_mig_slices_is_its_slices(monkeypatch):
             raise pynvml.NVMLError_NotFound(pynvml.NVML_ERROR_NOT_FOUND)
         return f"slice {place}"
 
-    memory = type("Memory", (), {"total": 10_468_982_784})
+    memory = SimpleNamespace(total=10_468_982_784, free=10_000_000_000)
     answers = {
         "nvmlInit": lambda: None, "nvmlShutdown": lambda: None,
         "nvmlSystemGetDriverVersion": lambda: "580.95.05", "nvmlDeviceGetCount": lambda: 1,
@@ -163,6 +167,70 @@ def test_a_gpu_in_mig_slices_is_its_slices(monkeypatch):
     found = hardware.detect()
     assert [g.name[-9:] for g in found.gpus] == ["(slice 0)"]
     assert "CUDA uses one at a time" in found.note
+
+
+@pytest.mark.parametrize("error", ["NVMLError_NotSupported", "NVMLError_Unknown",
+                                   "NVMLError_NoPermission", "NVMLError_FunctionNotFound"])
+@pytest.mark.parametrize("asked", ["nvmlDeviceGetTotalEnergyConsumption",
+                                   "nvmlDeviceGetHandleByIndex", "nvmlInit"])
+def test_whatever_nvml_refuses_there_is_no_energy(monkeypatch, error, asked):
+    """WSL2 has no counter, a container may lack the permission, an old driver the function."""
+    import pynvml
+
+    def refuse(*_):
+        raise getattr(pynvml, error)()
+
+    monkeypatch.setattr(hardware, "_gpus", lambda: ((gpu("NVIDIA L4", (8, 9), 24),), ""))
+    for name in ("nvmlInit", "nvmlShutdown", "nvmlDeviceGetHandleByIndex",
+                 "nvmlDeviceGetTotalEnergyConsumption"):
+        monkeypatch.setattr(pynvml, name, refuse if name == asked else lambda *_: 1)
+    assert hardware.energy_joules() is None
+
+
+def test_a_gpu_that_nvml_does_not_describe_is_a_sentence(monkeypatch):
+    """One that has fallen off its bus, or, as on a GB10, has no memory of its own."""
+    import pynvml
+
+    def refuse(*_):
+        raise pynvml.NVMLError_NotSupported()
+
+    for name in ("nvmlInit", "nvmlShutdown", "nvmlSystemGetDriverVersion",
+                 "nvmlSystemGetCudaDriverVersion", "nvmlDeviceGetCount",
+                 "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetMigMode"):
+        monkeypatch.setattr(pynvml, name, lambda *_: 1)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMigMode", refuse)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCudaComputeCapability", lambda _: [12, 1])
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", refuse)
+    found = hardware.detect()
+    assert found.gpus == () and "NVML does not describe it" in found.note
+    assert hardware.serving_mode(found).device == "cpu"
+
+
+MEMORY_STAT = "cache 600\n{} 400\nactive_file 200\n"
+
+
+@pytest.mark.parametrize("names, cache", [
+    (("memory.max", "memory.current"), "inactive_file"),
+    (("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file")],
+    ids=["cgroup v2", "cgroup v1"])
+@pytest.mark.parametrize("limit, free", [
+    (1000, 500), ("max", None), (9223372036854771712, None)])  # v1's "none", of 4 KiB pages
+def test_a_containers_limit_bounds_the_ram(monkeypatch, tmp_path, names, cache, limit, free):
+    """Of 1,000 bytes 900 are used, and 400 of those are files that can be dropped."""
+    import psutil
+
+    folder = tmp_path / ("memory" if cache.startswith("total") else "")
+    folder.mkdir(exist_ok=True)
+    for name, content in zip((*names, "memory.stat"), (limit, 900, MEMORY_STAT.format(cache)),
+                             strict=True):
+        (folder / name).write_text(f"{content}\n")
+    monkeypatch.setattr(hardware, "CGROUPS", tuple(
+        (tmp_path / place.relative_to("/sys/fs/cgroup"), *rest)
+        for place, *rest in hardware.CGROUPS))
+    monkeypatch.setattr(psutil, "virtual_memory",
+                        lambda: SimpleNamespace(total=10**12, available=10**11))
+    assert hardware.available_ram() == (10**11 if free is None else free)
+    assert hardware.detect().ram_bytes == (10**12 if free is None else 1000)
 
 
 def serving_environment(repo: Path, cuda: str) -> None:

@@ -27,7 +27,6 @@ def no_choice(monkeypatch):
     monkeypatch.delenv(models.VARIABLE, raising=False)
 
 
-# What NVML reports is a little above the name's gigabytes on some, below on none of these.
 @pytest.mark.parametrize("gpu, memory, capability, expected, arms", [
     ("T4", 16, (7, 5), "phi-4-mini", ("bf16", "fp8")),
     ("V100", 32, (7, 0), "tiny-phi4", ("bf16", "fp8")),
@@ -66,7 +65,7 @@ def test_an_unknown_name_lists_the_known_ones():
 
 
 def test_a_gpu_too_small_for_the_profile_is_a_sentence():
-    with pytest.raises(WorkbookError, match="18.0 GB .* the GPU has 16.0 GB"):
+    with pytest.raises(WorkbookError, match="20.0 GB .* the GPU has 16.0 GB"):
         models.choose(machine("T4", 16, (7, 5)), "phi-4")
 
 

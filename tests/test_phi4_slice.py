@@ -31,8 +31,8 @@ WHOLE = roofline.load_config(workspace.data("phi4"))
 TINY = roofline.load_config(workspace.data("tiny_phi4"))
 
 
-def machine(gpu_memory: int = 0, capability=(8, 6), features=frozenset()):
-    gpus = (Gpu(0, "a GPU", gpu_memory, capability, "580"),) if gpu_memory else ()
+def machine(capacity: int = 0, capability=(8, 6), features=frozenset()):
+    gpus = (Gpu(0, "a GPU", capacity, capability, "580"),) if capacity else ()
     return replace(hardware.detect(), gpus=gpus, cpu_features=frozenset(features), note="")
 
 
@@ -58,13 +58,13 @@ def test_a_cpu_with_less_memory_makes_fewer_layers_or_serves_them_in_turn(free, 
 def test_a_gpu_gets_as_many_layers_as_its_memory_holds_three_times(
         memory, layers, together, monkeypatch):
     monkeypatch.setattr(hardware, "available_ram", lambda: 64 * GB)
-    found = chosen(memory * GB, gpu_memory=memory * GB, capability=(8, 9))
+    found = chosen(memory * GB, capacity=memory * GB, capability=(8, 9))
     assert (found.layers, found.together) == (layers, together)
 
 
 def test_a_gpu_beside_little_ram_gets_what_can_be_made_there(monkeypatch):
     monkeypatch.setattr(hardware, "available_ram", lambda: 6 * GB)
-    found = chosen(80 * GB, gpu_memory=80 * GB)
+    found = chosen(80 * GB, capacity=80 * GB)
     assert 1 < found.layers < 10 and found.together
 
 
@@ -75,7 +75,7 @@ def test_a_machine_that_holds_not_one_layer_is_told_so():
 
 def test_the_bf16_copy_is_of_the_size_that_was_meant(monkeypatch):
     monkeypatch.setattr(hardware, "available_ram", lambda: 64 * GB)
-    for kind, least, most in (({}, 1, 3), ({"gpu_memory": 80 * GB}, 4, 8)):
+    for kind, least, most in (({}, 1, 3), ({"capacity": 80 * GB}, 4, 8)):
         found = chosen(80 * GB, **kind)
         assert least * GB < checkpoint.total_bytes(found.tensors("bf16")) < most * GB
 
@@ -100,8 +100,8 @@ def test_the_layers_are_phi4s_own_layers():
 
 @pytest.mark.parametrize("kind, names", [
     ({}, ["bf16", "FP8 W8A16", "INT8 W8A8"]),
-    ({"gpu_memory": GB, "capability": (8, 6)}, ["bf16", "FP8 W8A16"]),
-    ({"gpu_memory": GB, "capability": (9, 0)}, ["bf16", "FP8 W8A8", "FP8 W8A16"])])
+    ({"capacity": GB, "capability": (8, 6)}, ["bf16", "FP8 W8A16"]),
+    ({"capacity": GB, "capability": (9, 0)}, ["bf16", "FP8 W8A8", "FP8 W8A16"])])
 def test_every_machine_has_the_cards_arithmetic_and_its_own(kind, names):
     found = phi4_slice.arms(hardware.serving_mode(machine(**kind)))
     assert list(found) == names
@@ -118,14 +118,14 @@ def test_a_cpu_without_the_instructions_is_given_the_reason():
     assert "unpacked to bf16" in said("avx2") and "VNNI" in said("avx2")
     assert "lacks" in said(*full - {"avx512_bf16"})
     assert "VNNI" not in said(*full - {"avx512_bf16"})
-    gpu = machine(gpu_memory=GB)
+    gpu = machine(capacity=GB)
     assert phi4_slice.caveat(gpu, hardware.serving_mode(gpu)) == ""
 
 
 @pytest.mark.parametrize("memory", [24, 80])
 def test_the_servers_of_a_gpu_share_it_and_each_has_room_for_its_weights(memory, monkeypatch):
     monkeypatch.setattr(hardware, "available_ram", lambda: 64 * GB)
-    where = machine(gpu_memory=memory * GB, capability=(9, 0))
+    where = machine(capacity=memory * GB, capability=(9, 0))
     mode = hardware.serving_mode(where)
     part = phi4_slice.choose(where, mode)
     copies = {"bf16": SimpleNamespace(path=REPO), "fp8": SimpleNamespace(path=REPO)}

@@ -66,7 +66,7 @@ def test_the_published_a40_figures_are_two_thirds_of_their_ceilings():
 
 def test_every_gpu_has_a_source_and_a_mode_by_its_capability():
     table = roofline.gpu_table(PHI4)
-    assert all(gpu["source"] for gpu in roofline.gpus())
+    assert all(gpu["source"] and gpu["memory_source"] for gpu in roofline.gpus())
     modes = table["mode"].to_dict()
     assert (modes["A40"], modes["L40S"], modes["V100 SXM2 32 GB"]) == ("W8A16", "W8A8", "none")
 
@@ -86,9 +86,10 @@ def test_the_picture_of_the_gpus_names_memory_and_mode_once(monkeypatch):
     plots.decode_ceilings(roofline.gpu_table(PHI4))
     ticks = {tick.get_text(): tick for tick in figures[0].axes[0].get_yticklabels()}
     assert len(ticks) == len(roofline.gpus())
-    assert {"A40, 48 GB, W8A16", "V100 SXM2, 32 GB, no FP8", "H100 SXM, 80 GB, W8A8"} <= set(ticks)
+    assert {"A40, 45.0 GiB, W8A16", "V100 SXM2 32 GB, 32.0 GiB, no FP8",
+            "H100 SXM, 79.6 GiB, W8A8"} <= set(ticks)
     bold = [text for text, tick in ticks.items() if tick.get_fontweight() == "bold"]
-    assert bold == ["A40, 48 GB, W8A16"]  # the GPU of the published figures is found at a glance
+    assert bold == ["A40, 45.0 GiB, W8A16"]  # the GPU of the published figures is found at a glance
 
 
 def test_a_gpus_bandwidth_is_its_data_sheets():
@@ -119,11 +120,14 @@ def test_the_bandwidth_of_a_cpu_is_a_gib_over_the_fastest_of_seven_reads(monkeyp
 def test_what_a_gpu_of_24_gb_has_left_after_fp8():
     found = roofline.budget(PHI4, "fp8", 24 * 10**9, 300e9)
     assert found.weights == 15_691_827_200
-    assert found.left == 21_600_000_000 - 15_691_827_200
-    assert found.tokens == found.left // 204_800 == 28_848
+    assert found.left == 21_600_000_000 - 15_691_827_200 - 1_500_000_000
+    assert found.tokens == found.left // 204_800 == 21_524 and found.fits
     assert (found.context, found.concurrency) == (16_384, 1)
     none = roofline.budget(PHI4, "bf16", 24 * 10**9, 300e9)
-    assert none.left < 0 and (none.tokens, none.ceiling) == (0, 0.0)
+    assert none.left < 0 and (none.tokens, none.ceiling, none.fits) == (0, 0.0, False)
+    # room for 4,000 tokens is none: a server with --max-model-len 4096 does not start
+    small = roofline.budget(PHI4, "fp8", int((17_191_827_200 + 4000 * 204_800) / 0.9) + 1, 300e9)
+    assert small.left >= 4000 * 204_800 and (small.tokens, small.fits) == (0, False)
 
 
 def test_a_gpu_is_explained_and_an_unknown_one_is_told():

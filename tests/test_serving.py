@@ -330,9 +330,8 @@ def test_gone_after_a_kernel_restart(tmp_workspace, tiny_fp8):
 
 
 def test_the_default_flags_of_a_path():
-    profile = SimpleNamespace(max_model_len=4096)
     cpu, w8a16, w8a8 = (
-        serving.default_flags(profile, SimpleNamespace(key=key, device=device))
+        serving.default_flags(models.PHI4, hardware.ServingMode(key, device, "", ""))
         for key, device in (("cpu-w8a16", "cpu"), ("gpu-w8a16", "cuda"), ("gpu-w8a8", "cuda")))
     for flags in (cpu, w8a16, w8a8):
         assert flags[flags.index("--max-model-len") + 1] == "4096"

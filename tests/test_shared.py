@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from helpers import (
     client,
     course,
     evaluation,
+    hardware,
     ledger,
     models,
     serving,
@@ -159,9 +161,10 @@ def test_a_key_of_an_earlier_day_stays_and_is_closed_again(tmp_workspace):
 
 
 def fake(device: str, nbytes: int) -> SimpleNamespace:
-    return SimpleNamespace(
-        profile=SimpleNamespace(max_model_len=4096), machine=nbytes,
-        mode=SimpleNamespace(device=device, key="gpu-w8a8" if device == "cuda" else "cpu-w8a16"))
+    gpus = (hardware.Gpu(0, "a GPU", nbytes, (9, 0), "580"),) if device == "cuda" else ()
+    machine = replace(hardware.detect(), gpus=gpus, cpu_features=frozenset())
+    return SimpleNamespace(profile=models.PHI4, machine=machine,
+                           mode=hardware.serving_mode(machine))
 
 
 def model(nbytes: int) -> SimpleNamespace:
@@ -174,14 +177,14 @@ def share(flags: list[str]) -> float:
                   if flag == "--gpu-memory-utilization"][-1])
 
 
-def test_on_one_gpu_each_server_gets_its_weights_and_half_of_the_rest(monkeypatch):
-    monkeypatch.setattr(models, "memory", lambda nbytes: nbytes)
+def test_on_one_gpu_each_server_gets_its_weights_and_half_of_the_rest():
     arms = {"bf16": model(29 * GB), "fp8": model(16 * GB)}
     bf16, fp8 = (share(serve.flags(fake("cuda", 80 * GB), arms, arm)) for arm in arms)
     assert bf16 + fp8 == pytest.approx(serve.SHARE, abs=0.002)
     assert (bf16 - fp8) * 80 * GB == pytest.approx(13 * GB, rel=0.02)
-    with pytest.raises(WorkbookError, match="does not hold both"):
+    with pytest.raises(WorkbookError, match="does not hold bf16 and fp8") as said:
         serve.flags(fake("cuda", 48 * GB), arms, "fp8")
+    assert said.value.remedy == "Serve one: ARMS=fp8."
 
 
 def test_a_cpu_without_the_memory_says_so(monkeypatch, tiny_base):

@@ -5,7 +5,6 @@ import math
 import re
 import urllib.request
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -98,7 +97,8 @@ def test_other_work_than_asked_for_is_refused(change):
 # Comparing arms
 
 ONE, BUSY = Work(generated_tokens=500, rounds=3), Work(streams=8, generated_tokens=128, rounds=2)
-CPU, GPU = SimpleNamespace(device="cpu", key=""), SimpleNamespace(device="cuda", key="")
+CPU = hardware.ServingMode("cpu-w8a16", "cpu", "", "")
+GPU = hardware.ServingMode("gpu-w8a8", "cuda", "", "")
 
 
 def shorter(work):
@@ -116,6 +116,7 @@ def happenings(monkeypatch):
     class Server:
         def __init__(self, model, flags):
             self.model, self.flags, self.kernel = model, flags, f"kernel of {model}"
+            self.gpus = 1
 
         @property
         def is_running(self):
@@ -147,7 +148,7 @@ def happenings(monkeypatch):
     monkeypatch.setattr(throughput.serving, "start_together", start)
     monkeypatch.setattr(throughput.serving, "stop_together", stop)
     monkeypatch.setattr(throughput, "benchmark", benchmark)
-    monkeypatch.setattr(hardware, "energy_joules", lambda: energy[0])
+    monkeypatch.setattr(hardware, "energy_joules", lambda gpus: energy[0])
     return noted
 
 
@@ -174,7 +175,7 @@ def test_every_round_measures_every_arm_after_a_warm_up_that_is_not_counted(
 
 def test_where_not_all_fit_only_the_server_that_is_measured_is_up(happenings, monkeypatch):
     monkeypatch.setattr(throughput.servers, "fit_together", lambda *_: False)
-    monkeypatch.setattr(hardware, "energy_joules", lambda: None)
+    monkeypatch.setattr(hardware, "energy_joules", lambda gpus: None)
     rounds = throughput.compare({"bf16": "B", "fp8": "F"}, models.tiny(), GPU, [ONE])
     up = set()
     for what, which in happenings:

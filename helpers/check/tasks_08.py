@@ -1,5 +1,6 @@
 """Tasks of notebook 08: bits with their scales, 4-bit groups, a scheme for six GPUs."""
 
+from helpers import capacity
 from helpers.check.answers import all_same, each, near, number, results, tensor
 from helpers.check.task import Key, Mistake, Task, Unusable, compared
 from helpers.check.tasks_00 import _phi4
@@ -7,7 +8,7 @@ from helpers.check.tasks_00 import _phi4
 ROWS, WIDTH, GROUP = 8, 384, 128
 GPUS = ("V100 SXM2 32 GB", "RTX 3090", "RTX 5090", "A40", "RTX 6000 Ada", "A100 SXM 80 GB")
 SCHEMES = ("bf16", "FP8_DYNAMIC", "W4A16")  # most bits first
-TOKENS, SPEED, SHARE, TAKEN = 4 * 16384, 30.0, 2 / 3, 0.9
+TOKENS, SPEED, SHARE = 70_000, 30.0, 2 / 3
 
 
 def _bits_key() -> Key:
@@ -73,13 +74,15 @@ def gpus():
 
     found = {name: roofline.named(name) for name in GPUS}
     return pd.DataFrame({name: {
-        "memory, GB": gpu["memory_gb"], "bandwidth, GB/s": gpu["bandwidth_gb_s"],
+        "memory, GB": round(roofline.memory_bytes(gpu) / 1e9, 1),
+        "bandwidth, GB/s": gpu["bandwidth_gb_s"],
         "compute capability": "{}.{}".format(*gpu["compute_capability"])}
         for name, gpu in found.items()}).T
 
 
-def _choice(cache: bool = True, taken: float = TAKEN, share: float = SHARE, kernels: bool = True,
-            order: tuple = SCHEMES, speed: bool = True) -> dict[str, str | None]:
+def _choice(cache: bool = True, taken: float = capacity.SHARE, rest: bool = True,
+            share: float = SHARE, kernels: bool = True,
+            order: tuple = SCHEMES) -> dict[str, str | None]:
     """The first scheme that meets the need on each GPU; with everything, the right choice.
 
     vLLM 0.32 computes FP8 and W4A16 from capability 7.5 on, and bf16 from 8.0 on.
@@ -93,9 +96,11 @@ def _choice(cache: bool = True, taken: float = TAKEN, share: float = SHARE, kern
 
     def meets(gpu, name):
         oldest = [8, 0] if name == "bf16" else [7, 5]
-        fits = checkpoint.total_bytes(tensors[name]) + kept <= taken * gpu["memory_gb"] * 1e9
+        left = capacity.room(checkpoint.total_bytes(tensors[name]), roofline.memory_bytes(gpu),
+                             share=taken) + (0 if rest else capacity.REST)
+        fits = left >= kept
         reached = share * gpu["bandwidth_gb_s"] * 1e9 / roofline.bytes_per_token(tensors[name])
-        return (fits and (reached >= SPEED or not speed)
+        return (fits and reached >= SPEED
                 and (gpu["compute_capability"] >= oldest or not kernels))
 
     return {gpu: next((name for name in order if meets(roofline.named(gpu), name)), None)
@@ -128,11 +133,13 @@ def _scheme_key() -> Key:
     return Key(_choice(), (
         Mistake(_choice(kernels=False), "vLLM has no kernel for 8- or 4-bit weights below "
                                         "capability 7.5, and no bf16 below 8.0."),
-        Mistake(_choice(cache=False), "The weights fit, and the KV cache is forgotten: 65,536 "
+        Mistake(_choice(cache=False), "The weights fit, and the KV cache is forgotten: 70,000 "
                                       "tokens of it."),
+        Mistake(_choice(rest=False), "The weights and the cache are not all: activations and the "
+                                     "rest take 1.5 GB."),
         Mistake(_choice(taken=1.0), "vLLM takes 90 % of a GPU's memory, and not all of it."),
-        Mistake(_choice(share=1.0), "That is the ceiling; two thirds of it are reached."),
-        Mistake(_choice(speed=False), "Everything fits, but not everywhere at 30 tokens/s."),
+        Mistake(_choice(share=1.0), "Everything fits, but at two thirds of its ceiling not every "
+                                    "GPU reaches 30 tokens/s."),
         Mistake(_choice(order=SCHEMES[::-1]), "Where more bits do as well, take them: 4 bits lose "
                                               "more.")))
 
@@ -162,8 +169,8 @@ TASKS = (
     Task("scheme_chosen", "08", "hard", 10, "code", "choosing a scheme",
          ("Three questions for each GPU and scheme: is there a kernel, does it fit, is it fast "
           "enough?",
-          "Fits: GB on disk + 65,536 × 204,800 bytes ≤ 0.9 × memory. Fast enough: 2/3 × bandwidth "
-          "/ GB read per token ≥ 30.",
+          "Fits: GB on disk + 70,000 × 204,800 bytes ≤ 0.9 × memory − 1.5 GB. Fast enough: 2/3 × "
+          "bandwidth / GB read per token ≥ 30.",
           "Kernels: bf16 from capability 8.0 on, FP8_DYNAMIC and W4A16 from 7.5 on. Go through "
           "bf16, FP8_DYNAMIC, W4A16 in that order and stop at the first that passes."),
          _scheme_key, compared(_schemes, lambda a, b: a == b, "Kernel, memory, speed: the first "

@@ -71,11 +71,11 @@ def _pair(answer) -> tuple[int, int]:
 
 
 def _limits_key() -> Key:
-    from helpers import deployment
+    from helpers import roofline
 
     phi4 = _phi4()
     tokens = min(phi4["max_position_embeddings"], 32768)
-    gpus = max(n for n in deployment.tensor_parallel_sizes(phi4) if n <= 8)
+    gpus = max(n for n in roofline.tensor_parallel_sizes(phi4) if n <= 8)
     return Key((gpus, tokens), (
         Mistake((8, 32768), "That is the advice itself. 8 does not divide Phi-4's 10 KV heads, nor "
                             "10 it."),
@@ -133,9 +133,9 @@ def _shown_by_100() -> float:
 
 
 def _can_share(n: int) -> bool:
-    from helpers import deployment
+    from helpers import roofline
 
-    return n in deployment.tensor_parallel_sizes(_phi4())
+    return n in roofline.tensor_parallel_sizes(_phi4())
 
 
 def _licence() -> str:

@@ -92,11 +92,12 @@ def test_an_unknown_gpu(happened):
 
 @pytest.mark.fault("a list of GPUs that a reader has added to, and made a slip in")
 @pytest.mark.parametrize("content, says", [
-    ('[{"name": "mine", "memory_gb": 24,}]', "is not JSON"),
-    ('[{"name": "mine", "memory_gb": 24}]',
+    ('[{"name": "mine", "memory_mib": 24576,}]', "is not JSON"),
+    ('[{"name": "mine", "memory_mib": 24576}]',
      "'mine' of data/gpus.json has no usable nvml_name, compute_capability, bandwidth_gb_s"),
-    ('[{"name": "mine", "nvml_name": "Mine", "memory_gb": "24", "bandwidth_gb_s": 300, '
-     '"compute_capability": [8, 9], "source": "its data sheet"}]', "no usable memory_gb")],
+    ('[{"name": "mine", "nvml_name": "Mine", "memory_mib": "24576", "bandwidth_gb_s": 300, '
+     '"compute_capability": [8, 9], "source": "its data sheet", '
+     '"memory_source": "nvidia-smi"}]', "no usable memory_mib")],
     ids=["a comma", "missing fields", "a number in quotes"])
 def test_a_slip_in_the_list_of_gpus(content, says, tmp_path, monkeypatch, happened):
     (tmp_path / "gpus.json").write_text(content)

@@ -161,7 +161,7 @@ def speed(gpu, copy_bandwidth, tiny_fp8, tmp_path_factory):
 
     def measure(arm: str, *more: str) -> tuple[dict[str, list[float]], str]:
         nbytes = {"bf16": models.PHI4.bf16_bytes, "fp8": models.PHI4.fp8_bytes}[arm]
-        if nbytes * models.HEADROOM > gpu.memory_bytes:
+        if not models.fits(nbytes, models.PHI4, hardware.detect()):
             pytest.skip(f"Phi-4's {nbytes / 1e9:.1f} GB of {arm} weights do not fit {gpu.name}, "
                         f"which has {gpu.memory_bytes / 1e9:.1f} GB")
         if (arm, more) not in known:
