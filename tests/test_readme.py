@@ -10,10 +10,12 @@ import re
 import pytest
 from conftest import REPO
 from environments import CUDA_TORCH, GB, environments
+from needs import torch_cuda
 
 from helpers import hardware, ledger, models, preflight, readme, verdicts
 
 TEXT = (REPO / "README.md").read_text()
+SERVE = REPO / "requirements/constraints/serve.txt"
 PROSE = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", TEXT, flags=re.S)
 # Names with a digit in them: a letter beside it, or one of these.
 NAMES = r"\b\w*(?:[A-Za-z]\d|\d[A-Za-z])[\w-]*|[Pp]hi-4\b|x86-64|WSL 2|16-bit|127\.0\.0\.1"
@@ -50,6 +52,7 @@ def facts() -> dict[str, tuple[str, ...]]:
         r"\((\d+) GB where no CPU build": (gigabytes(needed(gpu=False, cuda_torch=True)),),
         r"(\d+) GB with one": (gigabytes(needed(gpu=True)),),
         r"(\d+) GB more for Phi-4": (f"{phi4 / GB:.0f}",),
+        r"driver (\d+) or newer": (str(hardware.OLDEST_DRIVER[torch_cuda(SERVE)[0]]),),
         r"capability ≥ ([\d.]+)": (w8a8,),
         r"\| ([\d.]+) to ([\d.]+) \(Turing, Ampere\)": (w8a16, below),
         r"Stock vLLM ([\d.]+) computes": (vllm,),
