@@ -9,19 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import REPO
+from on_a_gpu import server_flags
 
-from helpers import WorkbookError, checkpoint, client, hardware, models, serving
+from helpers import WorkbookError, checkpoint, client, hardware, serving
 from helpers.serve_side import layer_trace
 
 DOWN = "model.layers.0.mlp.down_proj"
 
 
 def start(fp8, **env):
-    mode = hardware.serving_mode(hardware.detect())
-    flags = serving.default_flags(models.tiny(), mode)
-    if mode.device == "cuda":
-        flags += ["--gpu-memory-utilization", "0.3"]  # beside the tests' other servers
-    return serving.VllmServer(fp8, [*flags, *layer_trace.FLAGS],
+    return serving.VllmServer(fp8, [*server_flags(), *layer_trace.FLAGS],
                               env={**layer_trace.ENVIRONMENT, **env})
 
 
