@@ -8,7 +8,7 @@ import pytest
 from conftest import REPO
 from on_a_gpu import beside_others, require_gpus, server_flags
 
-from helpers import hardware
+from helpers import hardware, serving_env
 from helpers.hardware import Gpu
 
 GIB = 2**30
@@ -25,12 +25,12 @@ def last(flags: list[str], name: str) -> str:
 @pytest.mark.parametrize("gpu", [T4, L4, H100], ids=lambda gpu: gpu.name)
 def test_a_server_of_the_tests_leaves_the_gpu_to_others(gpu, monkeypatch):
     """vLLM takes so much KV cache, whatever its share, and asks only that the share be free."""
+    (worker,) = serving_env.folder().glob("lib/python3*/site-packages/vllm/v1/worker")
     machine = dataclasses.replace(hardware.detect(), gpus=(gpu,))
     monkeypatch.setattr(hardware, "detect", lambda *_: machine)
     flags = server_flags(hardware.gpu_mode(gpu))
     assert float(last(flags, "--gpu-memory-utilization")) * gpu.memory_bytes < 5 * GIB
     assert int(last(flags, "--kv-cache-memory-bytes")) == GIB / 4
-    (worker,) = (REPO / ".venv-serve").glob("lib/python3*/site-packages/vllm/v1/worker")
     assert "skipped memory profiling" in (worker / "gpu_worker.py").read_text()
 
 

@@ -3,9 +3,8 @@
 import re
 
 import pytest
-from conftest import REPO
 
-from helpers import server_log
+from helpers import server_log, serving_env
 
 # In the order in which a server on a GPU writes them; by the file of vLLM that has them.
 ON_A_GPU = (
@@ -40,7 +39,7 @@ def test_each_phase_of_a_start_on_a_gpu_is_said_in_its_turn():
 
 
 def vllm():
-    (package,) = (REPO / ".venv-serve").glob("lib/python3*/site-packages/vllm")
+    (package,) = serving_env.folder().glob("lib/python3*/site-packages/vllm")
     return package
 
 
