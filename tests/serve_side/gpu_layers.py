@@ -14,6 +14,7 @@ from vllm.config import KernelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.kernels.linear import init_fp8_linear_kernel, init_wfp8_a16_linear_kernel
 from vllm.model_executor.layers.quantization.utils import quant_utils as keys
 from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
 
 
 def dtype() -> torch.dtype:
@@ -58,6 +59,7 @@ def errors(shape: tuple[int, int], tokens: int, device: str) -> dict:
 
 
 def main(whose: str, *backends: str) -> dict:
+    load_general_plugins()  # as vLLM does: on a CPU the workbook's kernels are among them
     torch.manual_seed(0)
     measured, shapes = {}, {"phi4": PHI4, "bundled": BUNDLED}[whose]
     for backend in backends:
