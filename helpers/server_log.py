@@ -89,8 +89,6 @@ _SECOND_HAND = re.compile(
 _BUILDING = re.compile(r"CalledProcessError|Ninja build failed")
 _BUILD_FAULT = re.compile(
     r"fatal error: (.*)|(\S*(?:nvcc|[gc]\+\+|gcc|clang): (?:not found|No such file or directory))")
-NO_MEMORY = ("Stop other servers and programs that hold memory, or lower --max-model-len and "
-             "--max-num-seqs.")
 _REMEDIES = (  # (what the reason says, what to do), first match
     (r"Python\.h",
      "Triton compiles against Python's headers: install them (on Debian or Ubuntu: apt install "
@@ -131,7 +129,8 @@ _REMEDIES = (  # (what the reason says, what to do), first match
      "of the GPU (`nvidia-smi` names it), or lower --max-model-len and --max-num-seqs."),
     (r"out of memory|exit code: -9|"
      r"larger than the maximum number of tokens|bad_alloc|(?<!illegal )memory",
-     NO_MEMORY),
+     "Stop other servers and programs that hold memory, or lower --max-model-len and "
+     "--max-num-seqs."),
     (r"NVIDIA driver on your system is too old|driver version is insufficient",
      "Run `make preflight` in a terminal: it says which driver is needed."),
     (r"exit code: -4|SIGILL|Illegal instruction",

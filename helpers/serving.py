@@ -253,7 +253,7 @@ class VllmServer(Endpoint):
 
     def _died(self, when: str) -> WorkbookError:
         meaning, remedy = server_log.why_it_ended(self.log_path, self._supervisor.returncode)
-        if remedy == server_log.NO_MEMORY:
+        if "memory" in remedy:
             remedy = f"{gpu_memory.in_the_way(hardware.detect().gpus)} {remedy}".strip()
         return WorkbookError(f"vLLM stopped {when}.", meaning,
                              f"{remedy} The whole log is in {self.log_path}.")

@@ -240,4 +240,4 @@ def test_a_server_that_finds_the_gpu_full_says_whose_memory_it_is(
     assert "Free memory on device cuda:0 (3.1/44.4 GiB)" in said.value.meaning
     assert said.value.remedy.startswith(
         "Memory of the NVIDIA A40 is held by this notebook or program itself (process "
-        f"{os.getpid()}, 40.0 GB). Stop other servers and programs that hold memory")
+        f"{os.getpid()}, 40.0 GB). Something else holds memory of this GPU")

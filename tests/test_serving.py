@@ -23,6 +23,7 @@ from helpers import (
     client,
     divergence,
     hardware,
+    models,
     server_log,
     serving,
     verdicts,
