@@ -39,29 +39,41 @@ def read(path: Path | None) -> str:
         return ""
 
 
-_PHASES = (  # (what the log says, what vLLM is then doing), in order
-    ("Starting vLLM server", "opening its port"),
+# (what the log says, what vLLM is then doing). On a GPU it compiles and captures CUDA graphs, and
+# captures them once the size of the KV cache is known.
+_PHASES = (
+    ("Resolved architecture", "starting the engine's process"),
+    ("Initializing a V1 LLM engine", "starting the engine"),
+    ("Starting to load model", "loading the weights"),
+    ("Loading safetensors", "loading the weights"),
+    ("for vLLM's torch.compile", "compiling"),
+    ("Dynamo bytecode transform", "compiling"),
+    ("ompiling a graph", "compiling"),
+    ("Profiling CUDA graph memory", "measuring the memory that is left"),
     ("KV cache size", "preparing the KV cache"),
     ("apturing CUDA graph", "capturing CUDA graphs"),
-    ("ompiling a graph", "compiling"),
-    ("Loading safetensors", "loading the weights"),
-    ("Starting to load model", "loading the weights"),
-    ("Initializing a V1 LLM engine", "starting the engine"),
-    ("Resolved architecture", "starting the engine's process"),
+    ("Starting vLLM server", "opening its port"),
 )
 
 
 def phase(log: str) -> str:
-    return next((doing for said, doing in _PHASES if said in log), "importing")
+    """What vLLM is doing: what the last sentence of the log that tells says."""
+    at, doing = max((log.rfind(said), doing) for said, doing in _PHASES)
+    return doing if at >= 0 else "importing"
 
 
 def selected_kernel(config: dict, log: str) -> str:
-    """The linear kernel that vLLM's log names, for a model with this config.json."""
-    quantized = "quantization_config" in config
-    chosen = re.findall(r"Selected (\w+) for", log)
-    if not chosen and "leveraging the Marlin kernel" in log:  # all that vLLM 0.32 says of W8A16
-        return "MarlinFP8ScaledMMLinearKernel"
-    return chosen[-1] if chosen else ("not named in the log" if quantized else "unquantized")
+    """The linear kernel that vLLM's log names, for a model with this config.json.
+
+    vLLM 0.32 says "Selected K for S" of 8-bit schemes, "Using K for S" of 4-bit ones, and of FP8
+    weights with 16-bit activations nothing but that Marlin is used, if it is.
+    """
+    if "quantization_config" not in config:
+        return "unquantized"
+    if chosen := re.findall(r"(?:Selected|Using) (\w+Kernel) for", log):
+        return chosen[-1]
+    marlin = "leveraging the Marlin kernel" in log
+    return "MarlinFP8ScaledMMLinearKernel" if marlin else "not named in the log"
 
 
 _PREFIX = re.compile(r"^(\(\w+[^)]*\) )?((INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ \[\S+\] )?")

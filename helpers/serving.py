@@ -22,6 +22,7 @@ from helpers import (
     address,
     checkpoint,
     client,
+    gpu_memory,
     hardware,
     models,
     server_log,
@@ -252,6 +253,8 @@ class VllmServer(Endpoint):
 
     def _died(self, when: str) -> WorkbookError:
         meaning, remedy = server_log.why_it_ended(self.log_path, self._supervisor.returncode)
+        if "memory" in remedy:
+            remedy = f"{gpu_memory.in_the_way(hardware.detect().gpus)} {remedy}".strip()
         return WorkbookError(f"vLLM stopped {when}.", meaning,
                              f"{remedy} The whole log is in {self.log_path}.")
 

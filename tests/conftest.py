@@ -40,13 +40,11 @@ def tiny_fp8(tmp_path_factory, tiny_base):
 
 
 def _server(model):
-    from helpers import hardware, models, serving
+    from on_a_gpu import server_flags
 
-    mode = hardware.serving_mode(hardware.detect())
-    flags = serving.default_flags(models.tiny(), mode)
-    if mode.device == "cuda":
-        flags += ["--gpu-memory-utilization", "0.3"]  # both servers stay up; the last one counts
-    return serving.VllmServer(model, flags)
+    from helpers import serving
+
+    return serving.VllmServer(model, server_flags())
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,12 @@ GREEDY = Path(__file__).parent / "serve_side" / "greedy.py"
 STOCK = "ChannelWiseTorchFP8ScaledMMLinearKernel"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def on_a_cpu():
+    if hardware.serving_mode(hardware.detect()).device != "cpu":
+        pytest.skip("a GPU's serving environment chooses no kernel of the CPU's")
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("kernels") / "measured.json"

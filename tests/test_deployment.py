@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 import yaml
+from accept_steps import RANDOM
 from conftest import REPO
-from gpu.test_gpu import RANDOM
 
 from helpers import deployment, hardware, models, roofline, serving
 from helpers.hardware import Gpu, Machine
@@ -120,7 +120,7 @@ def test_vllms_own_parser_takes_every_command(own, tiny_base):
                      if "--headless" not in machine]
     commands += [[phi4, "--tensor-parallel-sise", "2"], [phi4, "--tensor-parallel-size", "3"],
                  [phi4, "--max-model-len", "32768"]]
-    # the flags that a GPU gets, or two, and those of tests/gpu
+    # the flags that a GPU gets, or two, and those of make accept-gpu
     machines = [Machine((Gpu(0, "a GPU", 24 << 30, capability, ""),) * count, "", 2, frozenset(),
                         0, 0, "", "", "") for capability, count in (((8, 9), 1), ((8, 6), 2))]
     on_gpu = [[phi4, *serving.default_flags(models.PHI4, hardware.serving_mode(where), where),

@@ -23,11 +23,13 @@ from transformers import AutoModelForCausalLM
 from helpers import (
     WorkbookError,
     gpu_memory,
+    hardware,
     models,
     phi4_slice,
     quantize,
     roofline,
     scheme_trials,
+    serving,
 )
 from helpers.hardware import Gpu
 
@@ -212,3 +214,30 @@ def test_a_memory_too_full_to_be_measured_is_a_sentence(monkeypatch):
         roofline.measured_copy("cuda" if not torch.cuda.is_available() else "cuda:99")
     assert said.value.remedy == "Held by 01. Free 3 GB of it, and run this again."
     assert "Traceback" not in str(said.value)
+
+
+# A server that does not find its memory
+
+REFUSED = """#!/bin/sh
+echo "ValueError: Free memory on device cuda:0 (3.1/44.4 GiB) on startup is less than desired GPU \
+memory utilization (0.9, 39.95 GiB). Decrease GPU memory utilization or reduce GPU memory used by \
+other processes."
+exit 1
+"""
+
+
+def test_a_server_that_finds_the_gpu_full_says_whose_memory_it_is(
+    nvml, device, tmp_path, tmp_workspace, tiny_base, monkeypatch
+):
+    vllm = tmp_path / "vllm"
+    vllm.write_text(REFUSED)
+    vllm.chmod(0o755)
+    monkeypatch.setattr(serving, "serve_python", lambda: vllm)
+    monkeypatch.setattr(hardware, "_gpus", lambda: ((A40,), ""))
+    nvml({os.getpid(): 40_000_000_000})
+    with open(device), pytest.raises(WorkbookError, match="stopped while starting") as said:
+        serving.VllmServer(tiny_base).start()
+    assert "Free memory on device cuda:0 (3.1/44.4 GiB)" in said.value.meaning
+    assert said.value.remedy.startswith(
+        "Memory of the NVIDIA A40 is held by this notebook or program itself (process "
+        f"{os.getpid()}, 40.0 GB). Something else holds memory of this GPU")

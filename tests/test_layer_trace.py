@@ -1,20 +1,24 @@
 """What vLLM's kernel holds of a layer, against the checkpoint's own tensors."""
 
+import contextlib
+import io
+import json
+import subprocess
+from types import SimpleNamespace
+
 import pytest
 import torch
+from conftest import REPO
+from on_a_gpu import server_flags
 
-from helpers import WorkbookError, checkpoint, client, hardware, models, serving
+from helpers import WorkbookError, checkpoint, client, hardware, serving
 from helpers.serve_side import layer_trace
 
 DOWN = "model.layers.0.mlp.down_proj"
 
 
 def start(fp8, **env):
-    mode = hardware.serving_mode(hardware.detect())
-    flags = serving.default_flags(models.tiny(), mode)
-    if mode.device == "cuda":
-        flags += ["--gpu-memory-utilization", "0.3"]  # beside the tests' other servers
-    return serving.VllmServer(fp8, [*flags, *layer_trace.FLAGS],
+    return serving.VllmServer(fp8, [*server_flags(), *layer_trace.FLAGS],
                               env={**layer_trace.ENVIRONMENT, **env})
 
 
@@ -43,8 +47,37 @@ def test_the_kernel_holds_the_checkpoints_codes_and_scales(received, tiny_fp8, s
     assert torch.equal(held[normal], codes[normal])
     # vLLM's packed CPU operator reads exponent 0 as a normal one: by 2^-7 at most.
     assert (held - codes)[~normal].abs().max() <= 2**-7
-    if "Marlin" not in received.kernel:  # which keeps them permuted
+    if "Marlin" not in received.kernel:  # which keeps them permuted, times a power of two
         assert torch.equal(received.scale, scale.flatten())
+
+
+def said_of(scales, file) -> str:
+    """What the appendix's cell prints of scales in a kernel and in the file."""
+    nb = json.loads((REPO / "notebooks" / "a1_fp8_on_a_cpu.ipynb").read_text())
+    (cell,) = (cell for cell in nb["cells"] if cell["id"] == "a1-scales")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        exec("".join(cell["source"]), {"torch": torch, "scale": file,
+                                       "received": SimpleNamespace(scale=scales)})
+    return " ".join(said.getvalue().split())
+
+
+def test_the_scales_of_every_kernel_are_the_files(received, tiny_fp8):
+    """The server's, and Marlin's, as vLLM's own code prepares them: on a CPU too."""
+    codes, file = stored(tiny_fp8)
+    if "Marlin" not in received.kernel:
+        assert said_of(received.scale, file) == (
+            "scales: 256 of 256 are the file's to the bit, times 2^0, in the file's order")
+    asked = {"scales": file.flatten().tolist(), "features": codes.shape[1]}
+    ran = subprocess.run(
+        [serving.serve_python(), REPO / "tests" / "serve_side" / "marlin_scales.py"],
+        input=json.dumps(asked), capture_output=True, text=True)
+    (answer,) = (line for line in ran.stdout.splitlines() if line.startswith("ANSWER "))
+    for dtype, power in (("bf16", 120), ("fp16", 8)):
+        marlins = torch.tensor(json.loads(answer.removeprefix("ANSWER "))[dtype])
+        assert said_of(marlins, file) == (f"scales: 256 of 256 are the file's to the bit, times "
+                                          f"2^{power}, in its own order")
+    marlins[3] *= 1.01  # one scale that is another's
+    assert "256 of 256" not in said_of(marlins, file)
 
 
 def test_it_is_this_layers_and_no_others(received, tiny_fp8):

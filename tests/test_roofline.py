@@ -147,7 +147,8 @@ def test_the_widget_follows_its_menu():
 
 
 def test_kv_tokens_are_those_that_vllm_reports(fp8_server, tiny_base):
-    """vLLM's own line at start-up, for the 1 GiB of KV cache that the server's flags give it."""
+    """vLLM's own line at start-up, for the KV cache that the server's flags give it."""
     reported = re.search(r"KV cache size: ([\d,]+) tokens", fp8_server.log())[1]
-    ours = roofline.kv_tokens(roofline.load_config(tiny_base.path), 2**30)
+    given = int(fp8_server.flags[fp8_server.flags.index("--kv-cache-memory-bytes") + 1])
+    ours = roofline.kv_tokens(roofline.load_config(tiny_base.path), given)
     assert ours == pytest.approx(int(reported.replace(",", "")), rel=0.05)

@@ -23,8 +23,9 @@ ROWS = 1024  # of the input multiplied at once
 
 @dataclass(frozen=True)
 class Received:
-    """`kernel`: its class; `scale`: the scales as it holds them, float32, in its own order;
-    `product`: what it makes of the input, bfloat16 [rows, out]."""
+    """`kernel`: its class; `scale`: the scales as it holds them, float32, in its own order and
+    times a power of two of its own; `product`: what it makes of the input, [rows, out], in the 16
+    bits that the server computes in."""
 
     kernel: str
     scale: object
@@ -77,10 +78,9 @@ class Layers:
         kernel = next(type(part).__name__ for part in vars(layer.scheme).values()
                       if type(part).__name__.endswith("Kernel"))
         asked = Path(folder) / ASKED
-        if asked.exists():
-            x = load_file(asked)["x"]
-        else:
-            x = torch.eye(layer.input_size_per_partition, dtype=torch.bfloat16)
+        x = (load_file(asked)["x"] if asked.exists()
+             else torch.eye(layer.input_size_per_partition))
+        x = x.to(self.model_config.dtype)  # float16 on Turing, which has no bfloat16
         with torch.inference_mode():
             rows = [layer.scheme.apply_weights(layer, some.to(layer.weight.device)).cpu()
                     for some in x.split(ROWS)]

@@ -17,6 +17,7 @@ import time
 
 import pytest
 import yaml
+from on_a_gpu import server_flags
 
 from helpers import (
     WorkbookError,
@@ -24,8 +25,6 @@ from helpers import (
     client,
     deployment,
     divergence,
-    hardware,
-    models,
     serving,
     workspace,
 )
@@ -38,11 +37,6 @@ MORE_ROUTES = ("/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect", "/pi
                "/server_info", "/reset_prefix_cache", "/sleep", "/pause", "/collective_rpc",
                "/start_profile", "/v1/load_lora_adapter", "/adapters", "/", "/nothing", "/HEALTH",
                "/healthz", "/health/../metrics", "/health%2F..%2Fmetrics", "/v1/../metrics")
-
-
-def flags() -> list[str]:
-    mode = hardware.serving_mode(hardware.detect())
-    return serving.default_flags(models.tiny(), mode)
 
 
 def port_of(url: str) -> int:
@@ -163,7 +157,7 @@ def test_a_deployed_server_asks_for_the_key(tiny_base, tmp_path, happened):
     guard = next(word for word in words if word.startswith("KEY_GUARD="))
     command = words[words.index(deployment.IMAGE) + 1:]
     command = [{"/model": str(tiny_base.path), "0.0.0.0": "127.0.0.1", "8000": str(port)}.get(w, w)
-               for w in command] + flags() + ["--api-server-count", "2"]
+               for w in command] + server_flags() + ["--api-server-count", "2"]
     environment = {**serving.environment(), "VLLM_API_KEY": key,
                    "KEY_GUARD": guard.removeprefix("KEY_GUARD="),
                    "PATH": f"{tmp_path}:{os.environ['PATH']}",
@@ -234,7 +228,7 @@ def test_a_stranger_on_the_port_does_not_get_the_key(tmp_workspace, tiny_base, s
                                                      monkeypatch, happened):
     monkeypatch.setattr(address, "free_port", lambda taken: stranger.server_port)
     with pytest.raises(WorkbookError, match="stopped while starting") as said:
-        serving.VllmServer(tiny_base, flags()).start()
+        serving.VllmServer(tiny_base, server_flags()).start()
     assert stranger.seen and not any("Authorization" in each for each in stranger.seen)
     assert "Address already in use" in said.value.meaning
     happened(f"{said.value} {said.value.meaning}")
@@ -258,7 +252,7 @@ def test_netrc_does_not_replace_the_key(stranger, tmp_path, monkeypatch, happene
 def test_nothing_for_this_machine_goes_to_a_proxy(proxy, tmp_workspace, tiny_fp8, happened):
     from helpers import throughput
 
-    with serving.VllmServer(tiny_fp8, flags()) as server:
+    with serving.VllmServer(tiny_fp8, server_flags()) as server:
         assert server.complete("1", max_tokens=2)
         assert server.chat([{"role": "user", "content": "1"}], max_tokens=2)
         divergence.read(server, "fp8", [("1 + 1 =", " 2")])

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import lm_eval
 import pytest
 import stand_in
+from on_a_gpu import server_flags
 
-from helpers import WorkbookError, evaluation, gsm8k, hardware, models, serving, workspace
+from helpers import WorkbookError, evaluation, gsm8k, serving, workspace
 
 TINY = SimpleNamespace(task="tiny_gsm8k")
 REAL = SimpleNamespace(task="gsm8k")
@@ -154,7 +155,7 @@ def kept() -> int:
 @pytest.mark.slow
 @pytest.mark.fault("vLLM is killed half-way through an evaluation")
 def test_an_evaluation_goes_on_after_its_server_was_killed(tiny_base, happened):
-    flags = serving.default_flags(models.tiny(), hardware.serving_mode(hardware.detect()))
+    flags = server_flags()
     with serving.VllmServer(tiny_base, flags) as server:
         def kill():
             while kept() < 20:

@@ -11,22 +11,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from on_a_gpu import server_flags
 
 from helpers import (
     WorkbookError,
     checkpoint,
     client,
     hardware,
-    models,
     server_log,
     serving,
     workspace,
 )
-
-
-def flags() -> list[str]:
-    mode = hardware.serving_mode(hardware.detect())
-    return serving.default_flags(models.tiny(), mode)
 
 
 @contextlib.contextmanager
@@ -127,7 +122,7 @@ def beset(tiny_base, tmp_path_factory):
         patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
         patch.setenv("VLLM_LOGGING_PREFIX", "mine: ")
         model = checkpoint.verified(Path(tiny_base.path.name))
-        with serving.VllmServer(model, flags(), name="me/tiny phi-4 é") as server:
+        with serving.VllmServer(model, server_flags(), name="me/tiny phi-4 é") as server:
             yield SimpleNamespace(server=server, place=place, temporary=temporary)
     assert not serving.processes(server)
 
@@ -174,12 +169,10 @@ def test_the_reader_has_silenced_vllm(beset, happened):
 
 
 NOBODY = """
-import os, sys
+import json, os, sys
 assert os.getuid() == 54321
-from helpers import checkpoint, hardware, models, serving
-flags = serving.default_flags(
-    models.tiny(), hardware.serving_mode(hardware.detect()))
-with serving.VllmServer(checkpoint.verified(sys.argv[1]), flags) as server:
+from helpers import checkpoint, serving
+with serving.VllmServer(checkpoint.verified(sys.argv[1]), json.loads(sys.argv[2])) as server:
     print("ANSWER", repr(server.complete("1", max_tokens=2)))
 """
 
@@ -199,9 +192,9 @@ def test_a_user_that_the_system_does_not_know(tmp_path, tiny_base, happened):
                    if name not in ("HOME", "USER", "LOGNAME")}
     try:
         done = subprocess.run(
-            [*as_nobody, sys.executable, "-c", NOBODY, tiny_base.path], cwd=workspace.repo(),
-            capture_output=True, text=True,
-            env={**environment, "PHI4_FP8_WORKSPACE": str(place / "work")})
+            [*as_nobody, sys.executable, "-c", NOBODY, tiny_base.path,
+             json.dumps(server_flags())], cwd=workspace.repo(), capture_output=True,
+            text=True, env={**environment, "PHI4_FP8_WORKSPACE": str(place / "work")})
         assert "ANSWER" in done.stdout, done.stdout[-1500:] + done.stderr[-3000:]
     finally:
         subprocess.run(["rm", "-rf", place], check=True)
@@ -266,7 +259,7 @@ def test_interrupted_while_starting(count, tmp_workspace, tiny_base, monkeypatch
         if all(len(serving.processes(server)) > 1 for server in starting):
             raise KeyboardInterrupt
 
-    starting = [serving.VllmServer(tiny_base, flags()) for _ in range(count)]
+    starting = [serving.VllmServer(tiny_base, server_flags()) for _ in range(count)]
     monkeypatch.setattr(serving.Progress, "show", lambda self, text: pressed(text))
     with pytest.raises(KeyboardInterrupt):
         serving.start_together(starting)
@@ -278,7 +271,7 @@ def test_interrupted_while_starting(count, tmp_workspace, tiny_base, monkeypatch
 @pytest.mark.slow
 @pytest.mark.fault("every process of a server is frozen, and it is stopped")
 def test_a_frozen_server_is_ended(tmp_workspace, tiny_base, happened):
-    server = serving.VllmServer(tiny_base, flags()).start()
+    server = serving.VllmServer(tiny_base, server_flags()).start()
     family = serving.processes(server)
     for process in family:
         process.send_signal(signal.SIGSTOP)
@@ -304,7 +297,7 @@ def test_a_log_on_a_full_disk(tmp_path, monkeypatch, tiny_fp8, happened):
 
         monkeypatch.setattr(serving.server_log, "create", and_fill)
         with pytest.raises(WorkbookError) as said:
-            serving.VllmServer(tiny_fp8, flags()).start()
+            serving.VllmServer(tiny_fp8, server_flags()).start()
         happened(str(said.value))
     assert "disk is full" in said.value.meaning and "Free some disk" in said.value.remedy
 
@@ -364,7 +357,7 @@ def test_a_broken_config(tmp_path, tmp_workspace, tiny_base, happened):
     (model / "config.json").write_text(json.dumps(config))
     workspace.write_manifest(model)
     with pytest.raises(WorkbookError) as said:
-        serving.VllmServer(checkpoint.verified(model), flags()).start()
+        serving.VllmServer(checkpoint.verified(model), server_flags()).start()
     assert "no-such-act" in said.value.meaning
     happened(f"{said.value.what} {said.value.meaning}")
 
@@ -379,7 +372,7 @@ def test_no_compiler(tmp_path, tmp_workspace, tiny_base, happened):
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
     env = {"PATH": str(tmp_path / "bin"), "CXX": "g++", "CC": "gcc",
            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
-    with serving.VllmServer(tiny_base, flags(), env=env) as server:
+    with serving.VllmServer(tiny_base, server_flags(), env=env) as server:
         answer = server.post("/v1/completions", {"prompt": "Question:", "max_tokens": 4,
                                                  "temperature": 0, "logprobs": 2})
     assert len(answer["choices"][0]["logprobs"]["token_logprobs"]) == 4

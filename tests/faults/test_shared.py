@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import lm_eval
 import pytest
 import serve
+from on_a_gpu import beside_others
 
 from helpers import WorkbookError, address, course, evaluation, models, serving, shared
 from helpers.serve_side import about
@@ -30,7 +31,7 @@ def start(opened, tmp_path, tiny_base):
     port, file, started = address.free_port(()), tmp_path / "about.json", []
 
     def start() -> serving.VllmServer:
-        flags = serve.flags(opened, {"bf16": tiny_base}, "bf16")
+        flags = [*serve.flags(opened, {"bf16": tiny_base}, "bf16"), *beside_others(opened.mode)]
         server = serving.VllmServer(tiny_base, flags, port=port, key=KEY,
                                     env={about.VARIABLE: str(file)})
         started.append(server.start())

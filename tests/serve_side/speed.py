@@ -1,4 +1,4 @@
-"""Run by tests/gpu in the serving environment: a model's speed with random weights and no server.
+"""Run by scripts/accept_steps.py in the serving environment: a model's speed, without a server.
 
 Standard input: {"flags": vLLM's, "work": {name: [prompt tokens, generated tokens, streams]},
 "rounds": n} as JSON. Printed: by name, each round's seconds, as JSON.
@@ -34,7 +34,7 @@ def main(asked: dict) -> dict:
         return took
 
     for name, work in asked["work"].items():
-        run(*work)  # once to warm up
+        run(work[0], min(work[1], 32), work[2])  # once to warm up
         seconds[name] = [run(*work) for _ in range(asked["rounds"])]
     return seconds
 
