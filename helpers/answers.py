@@ -3,6 +3,7 @@
 import re
 from typing import TYPE_CHECKING
 
+from helpers.arm_names import titled
 from helpers.evaluation import Evaluation
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 def print_table(*evaluations: Evaluation) -> None:
     """Print lm-eval's own table for each evaluation, as the model card does."""
     for evaluation in evaluations:
-        print(f"{evaluation.arm}:\n\n{evaluation.table}")
+        print(f"{titled(evaluation.arm)}:\n\n{evaluation.table}")
 
 
 def flips(first: Evaluation, second: Evaluation,
@@ -25,21 +26,21 @@ def flips(first: Evaluation, second: Evaluation,
     """
     import pandas as pd
 
-    rows = []
+    rows, one, other = [], titled(first.arm), titled(second.arm)
     for before, after in zip(first.samples, second.samples, strict=True):
         change = after["exact_match"][name] - before["exact_match"][name]
         if change:
             rows.append({
                 "doc_id": before["doc_id"], "change": "gained" if change > 0 else "lost",
                 "question": before["question"],
-                f"{first.arm} answer": before["extracted"][name],
-                f"{second.arm} answer": after["extracted"][name],
-                f"{first.arm} response": before["response"],
-                f"{second.arm} response": after["response"],
+                f"{one} answer": before["extracted"][name],
+                f"{other} answer": after["extracted"][name],
+                f"{one} response": before["response"],
+                f"{other} response": after["response"],
             })
     return pd.DataFrame(rows, columns=[
-        "doc_id", "change", "question", f"{first.arm} answer", f"{second.arm} answer",
-        f"{first.arm} response", f"{second.arm} response"])
+        "doc_id", "change", "question", f"{one} answer", f"{other} answer",
+        f"{one} response", f"{other} response"])
 
 
 def side_by_side(first: Evaluation, second: Evaluation, doc_id: int) -> "HTML":
@@ -59,5 +60,6 @@ def side_by_side(first: Evaluation, second: Evaluation, doc_id: int) -> "HTML":
             marked[side] += text if kind == "equal" or not text else f"<mark>{text}</mark>"
     cells = "".join(f"<td style='text-align:left;vertical-align:top;white-space:pre-wrap'>{text}"
                     "</td>" for text in marked)
-    return HTML(f"<p>{html.escape(pair[0]['question'])}</p><table><tr><th>{html.escape(first.arm)}"
-                f"</th><th>{html.escape(second.arm)}</th></tr><tr>{cells}</tr></table>")
+    heads = "".join(f"<th>{html.escape(titled(each.arm))}</th>" for each in (first, second))
+    return HTML(f"<p>{html.escape(pair[0]['question'])}</p><table><tr>{heads}</tr>"
+                f"<tr>{cells}</tr></table>")

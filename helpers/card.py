@@ -149,6 +149,7 @@ def _accuracy(rows: list[dict]) -> str:
         if row is None:
             lines.append(f"| {title} | | | {NOT_MEASURED} | | |")
             continue
+        title = title.replace(arm, ledger_row.arm_title(row))
         work, metrics = row["work"], row["metrics"]
         for kind in FILTERS:
             interval = stats.wilson(round(metrics[kind] * work["limit"]), work["limit"])
@@ -171,6 +172,7 @@ def _speed(rows: list[dict]) -> str:
         if row is None:
             lines.append(f"| {title} | | {NOT_MEASURED} | | |")
             continue
+        title = title.replace(arm, ledger_row.arm_title(row))
         work, metrics = row["work"], row["metrics"]
         median, low, high = (metrics[name] for name in SPEED)
         lines.append(

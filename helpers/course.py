@@ -10,11 +10,13 @@ import textwrap
 from dataclasses import dataclass
 
 from helpers import (
+    arm_names,
     check,
     evaluation,
     hardware,
     hub,
     ledger,
+    ledger_row,
     models,
     phi4_slice,
     quantize,
@@ -74,7 +76,10 @@ class Course:
     @functools.cached_property
     def shared(self) -> dict[str, shared.SharedServer]:
         """The servers that PHI4_FP8_SERVERS names, by arm, each asked once what it serves."""
-        return shared.servers()
+        found = shared.servers()
+        for server in found.values():
+            arm_names.served_in(server.mode.dtype)
+        return found
 
     @property
     def served_mode(self) -> ServingMode:
@@ -86,6 +91,11 @@ class Course:
         """The profile that is served: of the shared servers, where some are named, else ours."""
         return next((server.profile for server in self.shared.values()), self.profile)
 
+    @property
+    def gpus(self) -> int:
+        """How many GPUs share each served model; 1 on a CPU."""
+        return models.gpus(self.profile, self.machine)
+
     def compares(self, experiment: str) -> bool:
         """Whether both arms are served here; if not, prints what was published of Phi-4 in bf16."""
         if "bf16" in (self.shared or models.arms(self.profile, self.machine)):
@@ -93,7 +103,8 @@ class Course:
         figures = "; ".join(f"{row['claim']}: {row['value']} {row['unit']}"
                             for row in ledger.published()
                             if (row["experiment"], row["arm"]) == (experiment, "bf16"))
-        print(f"This compares two arms, and bf16 does not fit this machine. Published: {figures}.")
+        print(f"This compares two arms, and {arm_names.TITLES['bf16']} does not fit this machine. "
+              f"Published: {figures}.")
         return False
 
     def progress(self):
@@ -107,9 +118,8 @@ class Course:
         def size(nbytes: int) -> str:
             return f"{nbytes / 1e9:.1f} GB" if nbytes > 1e9 else f"{nbytes / 1e6:.1f} MB"
 
-        gpus = models.gpus(self.profile, self.machine)
-        where = ("RAM" if self.mode.device == "cpu" else "GPU memory" if gpus == 1 else
-                 f"memory of {gpus} GPUs")
+        where = ("RAM" if self.mode.device == "cpu" else "GPU memory" if self.gpus == 1 else
+                 f"memory of {self.gpus} GPUs")
         bf16, fp8 = size(self.profile.bf16_bytes), size(self.profile.fp8_bytes)
         both = "bf16" in models.arms(self.profile, self.machine)
         way = quantize.route_for(self.profile, self.machine)
@@ -131,7 +141,7 @@ class Course:
                kernel: str = "") -> None:
         """Append a result to the ledger with this course's model, serving mode and checkpoint."""
         ledger.record(
-            experiment, arm, work, metrics,
+            experiment, arm, work | (ledger_row.dtype(self.mode.dtype) if kernel else {}), metrics,
             model=models.model_info(self.profile), mode=self.mode.key, kernel=kernel,
             checkpoint=checkpoint.fingerprint,
         )
@@ -142,7 +152,9 @@ class Course:
 
         A shared server's result says so in its work, and has that server's model and mode.
         """
-        mark = {"shared": server.shared} if server.shared else {}
+        mark = ledger_row.dtype(self.served_mode.dtype)
+        if server.shared:
+            mark["shared"] = server.shared
         ledger.record(experiment, arm, work | mark, metrics,
                       model=models.model_info(self.served), mode=self.served_mode.key,
                       kernel=server.kernel, checkpoint=server.checkpoint.fingerprint)
@@ -191,13 +203,14 @@ class Course:
                      f"{self.profile.task}"}
         if self.machine.note:
             lines["note"] = self.machine.note
-        if (gpus := models.gpus(self.profile, self.machine)) > 1:
-            lines["GPUs"] = (f"{gpus} share each model (--tensor-parallel-size {gpus}), since one "
-                             "is too small")
+        if self.gpus > 1:
+            lines["GPUs"] = (f"{self.gpus} share each model (--tensor-parallel-size {self.gpus}), "
+                             "since one is too small")
         if models.arms(self.profile, self.machine) == ("fp8",):
             lines["arms"] = (
-                f"FP8 alone: bf16 takes {self.profile.bf16_bytes / 1e9:.3g} GB of weights and does "
-                "not fit; beside FP8 stand the figures published for bf16")
+                f"FP8 alone: {arm_names.sixteen_bits(self.mode.dtype)} takes "
+                f"{self.profile.bf16_bytes / 1e9:.3g} GB of weights and does not fit; "
+                "beside FP8 stand the figures published for bf16")
         if shared.named():
             lines["servers"] = (f"shared, in 05 and 06, for {' and '.join(shared.named())} "
                                 f"({shared.SERVERS})")
@@ -218,7 +231,9 @@ def open_course() -> Course:
     pd.set_option("display.max_colwidth", None)  # a table that hides its words helps nobody
     pd.set_option("display.html.use_mathjax", False)  # a dollar sign in a cell is a dollar sign
     machine = hardware.detect()
-    return Course(machine, hardware.serving_mode(machine), models.choose(machine))
+    mode = hardware.serving_mode(machine)
+    arm_names.served_in(mode.dtype)
+    return Course(machine, mode, models.choose(machine))
 
 
 def first_question(profile: Profile) -> str:

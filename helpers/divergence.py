@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from helpers import WorkbookError, client
+from helpers.arm_names import titled
 from helpers.endpoint import Endpoint
 
 if TYPE_CHECKING:
@@ -92,10 +93,12 @@ def compare(first: Reading, second: Reading) -> "pd.DataFrame":
             p, q = first.expected[text][position], second.expected[text][position]
             rows.append({
                 "text": text, "position": position, "token": first.pieces[token],
-                f"{first.arm} logprob": p[token], f"{second.arm} logprob": q[token],
+                f"{titled(first.arm)} logprob": p[token],
+                f"{titled(second.arm)} logprob": q[token],
                 "kl": _kl(p, q), "agree": max(p, key=p.get) == max(q, key=q.get),
             })
-    names = ("text", "position", "token", f"{first.arm} logprob", f"{second.arm} logprob", "kl",
+    names = ("text", "position", "token", f"{titled(first.arm)} logprob",
+             f"{titled(second.arm)} logprob", "kl",
              "agree")
     return pd.DataFrame(rows, columns=list(dict.fromkeys(names))).astype(
         {"kl": float, "agree": bool})

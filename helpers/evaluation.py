@@ -22,6 +22,7 @@ from pathlib import Path
 from unittest import mock
 
 from helpers import WorkbookError, gsm8k, lm_client, stats, workspace
+from helpers.arm_names import titled
 from helpers.endpoint import Endpoint
 from helpers.models import Profile
 
@@ -65,7 +66,7 @@ def lm_eval_arguments(server: Endpoint, profile: Profile, arm: str, limit: int |
             "Correct the number; `limit=None` takes all rows.")
     name, manager = gsm8k.task(profile)
     arguments = {
-        "model": lm_client.model(server, arm, concurrency, max_new_tokens, bos),
+        "model": lm_client.model(server, titled(arm), concurrency, max_new_tokens, bos),
         "tasks": [name],
         "num_fewshot": num_fewshot,
         "limit": limit,

@@ -146,7 +146,7 @@ def table(rows: list[dict]) -> "pd.DataFrame":
 
     lines = [{
         "time": row["time"][:16].replace("T", " "), "experiment": row["experiment"],
-        "arm": row["arm"], "model": row["model"]["profile"], "mode": row["mode"],
+        "arm": ledger_row.arm_title(row), "model": row["model"]["profile"], "mode": row["mode"],
         "kernel": row["kernel"], "checkpoint": row["checkpoint"][:8],
         "work": ", ".join(f"{name} {row['work'][name]}" for name in MAIN if name in row["work"]),
         "metrics": ", ".join(f"{name} {short(value)}" for name, value in row["metrics"].items()

@@ -8,6 +8,8 @@ import math
 import re
 from collections.abc import Sequence
 
+from helpers import arm_names
+
 SCHEMA = 2  # 1 had "path" for "mode"; such rows are read as well
 EXPERIMENTS = ("quantize", "scales", "serve", "gsm8k", "noise-floor", "throughput",
                "slice", "bench-cpu")
@@ -19,7 +21,7 @@ FIELDS = {"schema": int, "id": str, "time": str, "experiment": str, "arm": str, 
 PARTS = {"model": {"profile": str, "repo": str, "revision": str},
          "work": {"task": str, "limit": int, "num_fewshot": int, "input_tokens": int,
                   "output_tokens": int, "concurrency": int, "rounds": int, "engine": str,
-                  "numerics": str, "layers": int, "shared": str},
+                  "numerics": str, "layers": int, "shared": str, "dtype": str},
          "hardware": {"gpus": list, "cpu": str, "cores": int},
          "versions": {"vllm": str, "llmcompressor": str}}
 # Words without markup: "_" within a word only, no address, no mention, no dash that opens a rule.
@@ -94,6 +96,17 @@ def device(row: dict) -> str:
     machine = row["hardware"]
     return ", ".join(map(str, machine.get("gpus", []))) or (
         f"{machine.get('cpu', 'unknown')}, {machine.get('cores', 'unknown')} cores")
+
+
+def dtype(served: str) -> dict[str, str]:
+    """What a row's work says of the 16-bit type that vLLM served in: nothing where it is bf16."""
+    return {} if served == "bfloat16" else {"dtype": served}
+
+
+def arm_title(row: dict) -> str:
+    """A row's arm; "fp16" where the model that is not quantized was served in that."""
+    arm = row["arm"]
+    return arm_names.sixteen_bits(row["work"].get("dtype", "")) if arm == "bf16" else arm
 
 
 def as_markdown(text: str) -> str:

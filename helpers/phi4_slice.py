@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from helpers import (
     WorkbookError,
+    arm_names,
     capacity,
     checkpoint,
     hardware,
@@ -107,7 +108,7 @@ def title(layers: int) -> str:
 
 
 def arms(mode: ServingMode) -> dict[str, Arm]:
-    """What a machine measures, by the name it is shown under, bf16 first.
+    """What a machine measures, by the name it is shown under, bf16 first, or fp16 where it is that.
 
     INT8 is the 8-bit arithmetic of a CPU, as FP8 is that of a GPU from Ada on; Marlin gives the
     arithmetic of the model card's A40 on any GPU.
@@ -116,7 +117,8 @@ def arms(mode: ServingMode) -> dict[str, Arm]:
         return {"bf16": Arm("bf16"), CARDS: Arm("fp8", "w8a16"),
                 "INT8 W8A8": Arm("int8", "w8a8")}
     own = {"FP8 W8A8": Arm("fp8", "w8a8")} if mode.key == "gpu-w8a8" else {}
-    return {"bf16": Arm("bf16"), **own, CARDS: Arm("fp8", "w8a16", tuple(serving.MARLIN))}
+    return {arm_names.sixteen_bits(mode.dtype): Arm("bf16"), **own,
+            CARDS: Arm("fp8", "w8a16", tuple(serving.MARLIN))}
 
 
 def choose(machine: Machine, mode: ServingMode, free: int | None = None) -> Slice:

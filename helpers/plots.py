@@ -14,6 +14,7 @@ import io
 from typing import TYPE_CHECKING
 
 from helpers import checkpoint
+from helpers.arm_names import TITLES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 BF16, FP8, THIRD, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
 COLOURS = {"bf16": BF16, "fp8": FP8}
-TITLES = {"bf16": "bf16", "fp8": "FP8"}
 LATENCIES = {"ttft_ms": ("TTFT", "s--"), "tpot_ms": ("TPOT", "o-")}
 PUBLISHED = {"bf16": 17, "fp8": 32}  # the card's tokens/s on an A40, as in data/published
 
@@ -180,10 +180,10 @@ def concurrency(rounds: DataFrame) -> None:
         colour, medians = COLOURS[arm], of_arm.groupby("streams").median(numeric_only=True)
         grows &= bool((medians["output_tok_s"].diff().iloc[1:] > 0).all())
         waits &= bool((medians["tpot_ms"].diff().iloc[1:] > 0).all())
-        speed.plot(medians.index, medians["output_tok_s"], "o-", color=colour, label=arm)
+        speed.plot(medians.index, medians["output_tok_s"], "o-", color=colour, label=TITLES[arm])
         for column, (short, style) in LATENCIES.items():
             latency.plot(medians.index, medians[column], style, color=colour,
-                         label=f"{arm}, {short}")
+                         label=f"{TITLES[arm]}, {short}")
     for axis in (speed, latency):
         axis.set_xscale("log", base=2)
         axis.set_xticks(medians.index, medians.index)
@@ -226,13 +226,14 @@ def throughput_rounds(speed: DataFrame) -> None:
     axis.axhline(ratio.value, color=FP8, lw=1, ls=":", label="median")
     axis.plot(speed.index, speed["fp8"] / speed["bf16"], "o", color=FP8, label="one round")
     axis.axhline(1, color=BF16, lw=1)
-    axis.annotate("as fast as bf16", (1, 1), xycoords=("axes fraction", "data"), xytext=(0, 3),
+    base = TITLES["bf16"]
+    axis.annotate(f"as fast as {base}", (1, 1), xycoords=("axes fraction", "data"), xytext=(0, 3),
                   textcoords="offset points", ha="right", color=BF16)
     axis.margins(y=0.15)
-    axis.set_ylabel("FP8's tokens/s over bf16's")
+    axis.set_ylabel(f"FP8's tokens/s over {base}'s")
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    axis.set_title(f"One stream, FP8 over bf16: {stats.brief(ratio)}", loc="left")
-    show(figure, f"FP8's tokens per second over bf16's in each of {len(speed)} rounds: "
+    axis.set_title(f"One stream, FP8 over {base}: {stats.brief(ratio)}", loc="left")
+    show(figure, f"FP8's tokens per second over {base}'s in each of {len(speed)} rounds: "
                  f"{stats.in_words(ratio)}.")
 
 

@@ -58,7 +58,8 @@ def measured_beside_published(rows: list[dict] | None = None,
             "published claim": claim["claim"],
             "published": _figure(claim["value"], claim["unit"]),
             "measured": _measured(row, claim) if row else "",
-            "mode": f"{row['mode']}, {row['kernel']}" if row else "",
+            "mode": ", ".join(filter(None, (row["mode"], row["kernel"], row["work"].get("dtype"))))
+            if row else "",
             "verdict": _verdict(row, claim),
         })
     return pd.DataFrame(table)

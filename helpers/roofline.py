@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers import WorkbookError, capacity, checkpoint, hardware, workspace
+from helpers import WorkbookError, arm_names, capacity, checkpoint, hardware, workspace
 from helpers.hardware import Gpu, Machine
 from helpers.headers import TensorInfo
 
@@ -235,7 +235,7 @@ def explain(config: dict, name: str) -> str:
     if mode.key == "none":
         return f"{mode.why}."
     fitting = [arm for arm, found in budgets(config, gpu).items() if found.fits]
-    sixteen = "fp16" if mode.dtype == "float16" else "bf16"
+    sixteen = arm_names.sixteen_bits(mode.dtype)
     verdict = {0: f"Neither {sixteen} nor FP8 weights fit.",
                1: f"FP8 fits and {sixteen} does not: quantize on the CPU, serve FP8 alone.",
                2: "Both fit, so they can be compared on this GPU."}[len(fitting)]

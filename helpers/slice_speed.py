@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from helpers import (
+    arm_names,
     capacity,
     hardware,
     ledger,
+    ledger_row,
     models,
     phi4_slice,
     predictions,
@@ -98,17 +100,17 @@ def measure(part: Slice, copies: Mapping[str, Checkpoint], machine: Machine,
 
 
 def table(ratios: "pd.DataFrame", expected: Mapping[str, float] | None = None) -> "pd.DataFrame":
-    """Speed over bf16's by arm and work, as texts with their intervals, and what was expected.
+    """Speed over the 16-bit arm's by arm and work, as texts with intervals, and what was expected.
 
     `ratios`: as `throughput.ratios` returns it; `expected`: the reader's ratio by work, of the
     card's arm.
     """
     import pandas as pd
 
-    lines: dict[str, dict[str, str]] = {}
+    base, lines = arm_names.base(ratios["arm"]), {}
     for row in ratios.to_dict("records"):
         lines.setdefault(row["arm"], {})[row["work"]] = (
-            f"{row['tok_s']:,.1f} tokens/s" if row["arm"] == "bf16" else
+            f"{row['tok_s']:,.1f} tokens/s" if row["arm"] == base else
             f"{row['ratio']:.2f}x ({row['low']:.2f} to {row['high']:.2f})")
     found: dict[str, dict[str, str]] = {}
     for arm, cells in lines.items():
@@ -116,7 +118,7 @@ def table(ratios: "pd.DataFrame", expected: Mapping[str, float] | None = None) -
         if expected and arm == phi4_slice.CARDS:
             found[f"your prediction for {arm}"] = {
                 work: f"{value:.2f}x" for work, value in expected.items()}
-    return pd.DataFrame(found).T.fillna("").rename_axis("over bf16, in the same round")
+    return pd.DataFrame(found).T.fillna("").rename_axis(f"over {base}, in the same round")
 
 
 def record(part: Slice, mode: ServingMode, rounds: "pd.DataFrame",
@@ -131,7 +133,7 @@ def record(part: Slice, mode: ServingMode, rounds: "pd.DataFrame",
         ledger.record(
             "slice", arm.format, mode=mode.key, kernel=throughput.kernel(rounds, line["arm"]),
             work=work.in_ledger() | {"engine": "vLLM", "numerics": arm.numerics,
-                                     "layers": part.layers},
+                                     "layers": part.layers} | ledger_row.dtype(mode.dtype),
             metrics={"tok_s": round(line["tok_s"], 4), "ratio": round(line["ratio"], 4),
                      "ratio_low": round(line["low"], 4), "ratio_high": round(line["high"], 4)},
             checkpoint=copies[arm.format].fingerprint,

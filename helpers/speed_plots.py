@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from helpers import phi4_slice, plots
+from helpers import arm_names, phi4_slice, plots
 from helpers.plots import BF16, FP8, GREY, THIRD
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ def ratios(found: DataFrame, ceiling: float, expected: Mapping[str, float] | Non
     `expected`: the reader's ratio by work, of the card's arm.
     """
     figure, axis = plots.canvas(height=4)
-    works, arms = list(found["work"].unique()), [a for a in found["arm"].unique() if a != "bf16"]
+    works, base = list(found["work"].unique()), arm_names.base(found["arm"])
+    arms = [arm for arm in found["arm"].unique() if arm != base]
     for place, arm in enumerate(arms):
         colour = FP8 if arm == phi4_slice.CARDS else THIRD
         of_arm = found[found["arm"] == arm]
@@ -32,7 +33,7 @@ def ratios(found: DataFrame, ceiling: float, expected: Mapping[str, float] | Non
         if expected and arm == phi4_slice.CARDS:
             axis.plot([at[works.index(work)] - 0.1 for work in expected], expected.values(), "D",
                       mfc="none", color=GREY, label=f"your prediction for {arm}")
-    for height, colour, said in ((1, BF16, "as fast as bf16"),
+    for height, colour, said in ((1, BF16, f"as fast as {base}"),
                                  (ceiling, GREY, "ceiling: bytes per token")):
         axis.axhline(height, color=colour, lw=1, ls="--" if height == ceiling else "-", zorder=0)
         axis.annotate(said, (1, height), xycoords=("axes fraction", "data"), xytext=(0, 3),
@@ -40,22 +41,22 @@ def ratios(found: DataFrame, ceiling: float, expected: Mapping[str, float] | Non
     axis.set_xticks(range(len(works)), works)
     axis.set_xlim(-0.5, len(works) - 0.25)
     axis.set_ylim(bottom=0)
-    axis.set_ylabel("tokens/s over bf16's, same round")
+    axis.set_ylabel(f"tokens/s over {base}'s, same round")
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    axis.set_title(_finding(found, works), loc="left")
-    plots.show(figure, "Speed over bf16's, median and range of the rounds. " + "; ".join(
+    axis.set_title(_finding(found, works, base), loc="left")
+    plots.show(figure, f"Speed over {base}'s, median and range of the rounds. " + "; ".join(
         f"{row['arm']}, {row['work']}: {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
-        for row in found.to_dict("records") if row["arm"] != "bf16")
+        for row in found.to_dict("records") if row["arm"] != base)
         + f". The ceiling is {ceiling:.2f}.")
 
 
-def _finding(found: DataFrame, works: list[str]) -> str:
+def _finding(found: DataFrame, works: list[str], base: str) -> str:
     """What the intervals bear: where the card's arm is faster for sure."""
     arm = phi4_slice.CARDS
     low = found[found["arm"] == arm].set_index("work")["low"]
     faster = [work for work in works if low[work] > 1]
     if not faster:
-        return f"Where is {arm} faster than bf16?"
+        return f"Where is {arm} faster than {base}?"
     if len(faster) == len(works):
-        return f"{arm} is faster than bf16 at all of it"
-    return f"{arm} is faster than bf16 with {' and '.join(faster)} only"
+        return f"{arm} is faster than {base} at all of it"
+    return f"{arm} is faster than {base} with {' and '.join(faster)} only"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TextIO
 
-from helpers import WorkbookError, hardware, servers, serving, stats, workspace
+from helpers import WorkbookError, arm_names, hardware, servers, serving, stats, workspace
 from helpers.checkpoint import Checkpoint
 from helpers.hardware import ServingMode
 from helpers.models import Profile
@@ -195,8 +195,8 @@ def turns(arms: list[str], work: Sequence[Work], together: bool) -> list[tuple[i
     return every
 
 
-def ratios(rounds: "pd.DataFrame", base: str = "bf16") -> "pd.DataFrame":
-    """The speed of each arm over that of `base`, taken round by round.
+def ratios(rounds: "pd.DataFrame", base: str | None = None) -> "pd.DataFrame":
+    """The speed of each arm over that of `base`, by default the 16-bit one, taken round by round.
 
     `rounds`: as `in_turn` returns them. A table with one row per arm and work, arm by arm: arm,
     work (its title), tok_s (the median), and ratio, low and high, the median of the rounds' ratios
@@ -204,6 +204,7 @@ def ratios(rounds: "pd.DataFrame", base: str = "bf16") -> "pd.DataFrame":
     """
     import pandas as pd
 
+    base = base or arm_names.base(rounds["arm"])
     rows, every = [], {key: group.set_index("round")["tok_s"].sort_index()
                        for key, group in rounds.groupby(["arm", "work"])}
     for arm, work in itertools.product(rounds["arm"].unique(), rounds["work"].unique()):

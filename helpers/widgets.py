@@ -1,6 +1,16 @@
 """What a reader turns: a scale, the explorer of a checkpoint's scales, the menu of GPUs."""
 
-from helpers import WorkbookError, plots, roofline, scale_plots, scales, value_plots, workspace
+from helpers import (
+    WorkbookError,
+    arm_names,
+    hardware,
+    plots,
+    roofline,
+    scale_plots,
+    scales,
+    value_plots,
+    workspace,
+)
 from helpers.checkpoint import Checkpoint
 from helpers.fp8 import MAX
 
@@ -137,8 +147,11 @@ def budget_table(config: dict, name: str):
     import pandas as pd
 
     columns = {}
-    for arm, found in roofline.budgets(config, roofline.named(name)).items():
-        columns[plots.TITLES[arm]] = {
+    gpu = roofline.named(name)
+    titles = {"bf16": arm_names.sixteen_bits(hardware.gpu_mode(roofline.listed(gpu)).dtype),
+              "fp8": "FP8"}
+    for arm, found in roofline.budgets(config, gpu).items():
+        columns[titles[arm]] = {
             "weights, GB": f"{found.weights / 1e9:.2f}",
             "left for the KV cache, GB": f"{found.left / 1e9:.2f}" if found.fits else "too little",
             "tokens of KV cache": f"{found.tokens:,}",
