@@ -33,7 +33,7 @@ def here(tmp_path, monkeypatch) -> Here:
     monkeypatch.setenv("PHI4_FP8_WORKSPACE", str(tmp_path / "accept"))
     monkeypatch.setenv("PHI4_FP8_PROFILE", "tiny-phi4")
     return Here(machine, hardware.serving_mode(machine), tmp_path / "accept",
-                large=workspace.data("tiny_phi4"), shapes="bundled", asked=("05",))
+                large=workspace.data("tiny_phi4"), shapes="bundled", asked=("03",))
 
 
 # Without a GPU
