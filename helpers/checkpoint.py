@@ -271,6 +271,17 @@ def read_tensor(model: Checkpoint, name: str):
         return shard.get_tensor(name)
 
 
+def read_blocks(model: Checkpoint, name: str, rows: int = 1024) -> Iterator:
+    """A tensor of a checkpoint by blocks of so many rows, of which one is in memory at a time.
+
+    Raises `WorkbookError` when no tensor has this name.
+    """
+    with model.shard_of(name) as shard:
+        tensor = shard.get_slice(name)
+        for start in range(0, tensor.get_shape()[0], rows):
+            yield tensor[start:start + rows]
+
+
 def linears(tensors: Sequence[TensorInfo]) -> list[str]:
     """The modules that FP8_DYNAMIC quantizes: Linear layers but lm_head, in the file's order."""
     return [t.name.removesuffix(".weight") for t in tensors

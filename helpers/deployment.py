@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers import serving
+from helpers.hardware import ServingMode
 from helpers.serving_env import ENVIRONMENT
 
 # The version that the workbook is tested with (requirements/serve.txt; a test compares).
@@ -43,6 +44,15 @@ class Deployment:
     def directory(self) -> Path | None:
         """The model's directory, or None where it comes from the hub."""
         return Path(self.model).resolve() if Path(self.model).is_dir() else None
+
+
+def path_flags(mode: ServingMode) -> tuple[str, ...]:
+    """What a GPU of this mode needs beside vLLM's own defaults; without a GPU, what an A40 needs.
+
+    Marlin by name below capability 8.9 (`serving.default_flags` says why). Below 8.0 vLLM takes
+    float16 by itself where no `--dtype` is given (`_resolve_auto_dtype`).
+    """
+    return () if mode.key == "gpu-w8a8" else tuple(serving.MARLIN)
 
 
 def arguments(deployment: Deployment) -> list[str]:

@@ -39,12 +39,14 @@ def read(path: Path | None) -> str:
         return ""
 
 
-# (what the log says, what vLLM is then doing). On a GPU it compiles and captures CUDA graphs, and
-# captures them once the size of the KV cache is known.
+# (what the log says, what vLLM is then doing). On a GPU it compiles and captures CUDA graphs: some
+# to see what memory they take, all of them once the size of the KV cache is known. There vLLM 0.32
+# has two model runners, whose words differ: by default the one of "Loading model from scratch".
 _PHASES = (
     ("Resolved architecture", "starting the engine's process"),
     ("Initializing a V1 LLM engine", "starting the engine"),
     ("Starting to load model", "loading the weights"),
+    ("Loading model from scratch", "loading the weights"),
     ("Loading safetensors", "loading the weights"),
     ("for vLLM's torch.compile", "compiling"),
     ("Dynamo bytecode transform", "compiling"),

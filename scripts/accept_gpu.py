@@ -2,14 +2,13 @@
 
 Seven steps (`accept_steps`), in the order in which things would fail. Each says what it proves, and
 then [OK] and what it found, [--] where it does not apply, or [FAIL] and the sentence that explains.
-What is printed stays in accept-gpu/report.txt of the workspace; what was measured beside it in
-ledger.jsonl, apart from the reader's own results.
+What is printed stays in report.txt, in a folder of its own under accept-gpu/ of the workspace; what
+was measured beside it in ledger.jsonl, apart from the reader's own results.
 
-Exit status: 0 when no step failed, 1 when one did, 2 where no GPU can serve FP8.
+Exit status: 0 when no step failed, 1 when one did, 2 where no GPU can serve FP8, 130 interrupted.
 """
 
 import os
-import shutil
 import sys
 import time
 import traceback
@@ -22,7 +21,6 @@ from run_notebooks import NotebookStopped
 from helpers import WorkbookError, hardware, ledger, workspace
 from helpers.hardware import GB
 
-NEEDED = 12 * GB  # of disk: notebook 07's slice, in three formats
 NO_GPU = 2
 
 
@@ -76,8 +74,7 @@ def main() -> int:
     if why := no_gpu(machine):
         print(why)
         return NO_GPU
-    place = workspace.root() / "accept-gpu"
-    shutil.rmtree(place, ignore_errors=True)
+    place = workspace.root() / "accept-gpu" / time.strftime("%Y%m%d-%H%M%S")
     place.mkdir(parents=True)
     os.environ.update(PHI4_FP8_WORKSPACE=str(place), PHI4_FP8_PROFILE="tiny-phi4")
     with (place / "report.txt").open("w") as report:
@@ -87,7 +84,11 @@ def main() -> int:
 
         for line in title(machine):
             say(line)
-        status = accept(Here(machine, hardware.serving_mode(machine), place), STEPS, say)
+        try:
+            status = accept(Here(machine, hardware.serving_mode(machine), place), STEPS, say)
+        except KeyboardInterrupt:
+            say("Interrupted: what was found so far is above.")
+            status = 130
         say(f"Send us this: {report.name}, and what was measured: {ledger.default()}.")
     return status
 

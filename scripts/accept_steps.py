@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -140,8 +141,9 @@ def serve_without_toolkit(here: Here) -> str:
 
 def serve(here: Here, environment: dict[str, str]) -> str:
     """The bundled model in FP8, with the flags and the environment that a notebook gives it."""
+    model = here.fp8()  # first: LLM Compressor leaves a CUDA context in this process
     flags, before = serving.default_flags(models.tiny(), here.mode), used(here)
-    with serving.VllmServer(here.fp8(), flags, env=environment) as server:
+    with serving.VllmServer(model, flags, env=environment) as server:
         answer = server.chat([{"role": "user", "content": course.first_question(models.tiny())}],
                              max_tokens=200)
         log = server.log()
@@ -152,11 +154,14 @@ def serve(here: Here, environment: dict[str, str]) -> str:
     if "####" not in answer:
         raise Failed(f"The server answers, but not as the bundled model does: {answer!r}.")
     if here.mode.device == "cuda":
-        for said, what in (("Graph capturing finished", "captured no CUDA graph"),
-                           ("Dynamo bytecode transform", "compiled nothing")):
-            if said not in log and "Directly load" not in log:
-                raise Failed(f"vLLM has {what}: {server.log_path}.")
-        if (left := used(here) - before) > GIVEN_BACK:
+        if "Graph capturing finished" not in log:
+            raise Failed(f"vLLM has captured no CUDA graph: {server.log_path}.")
+        if "Dynamo bytecode transform" not in log and "Directly load" not in log:  # from its cache
+            raise Failed(f"vLLM has compiled nothing: {server.log_path}.")
+        began = time.monotonic()
+        while (left := used(here) - before) > GIVEN_BACK and time.monotonic() - began < 10:
+            time.sleep(0.2)  # the driver takes a moment
+        if left > GIVEN_BACK:
             raise Failed(f"The server has ended, and {left / 1e9:.1f} GB of GPU memory have not "
                          f"come back. {gpu_memory.in_the_way(here.machine.gpus)}")
     ledger.record("serve", "fp8", {"flags": flags, "toolkit": not environment},
@@ -192,13 +197,14 @@ def decode_at_full_size(here: Here) -> str:
     arms = models.arms(models.PHI4, here.machine) if on_gpu else ("bf16", "fp8")
     if not arms:
         raise NotHere("Phi-4's weights do not fit this GPU, in FP8 neither.")
-    limit = roofline.read_bandwidth(here.machine)
-    copies = roofline.measured_copy() if on_gpu else limit.bytes_per_s
+    shared = models.gpus(models.PHI4, here.machine) if on_gpu else 1  # each reads its part
+    limit = shared * roofline.read_bandwidth(here.machine).bytes_per_s
+    copies = shared * roofline.measured_copy() if on_gpu else limit
     said, rates = [], {}
     for arm in arms:
         rates[arm], kernel = one_stream(here, arm)
         read = roofline.decode_bytes(config, arm) * rates[arm]
-        reached, of_copies = read / limit.bytes_per_s, read / copies
+        reached, of_copies = read / limit, read / copies
         if on_gpu and of_copies > 1.1:  # a copy comes within a tenth of what a memory gives
             raise Failed(f"{arm}: {rates[arm]:.1f} tokens/s would read faster than the memory can: "
                          f"{of_copies:.0%} of {copies / 1e9:.0f} GB/s.")

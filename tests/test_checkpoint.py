@@ -3,13 +3,26 @@
 import hashlib
 import json
 import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPO
 from safetensors.torch import load_file, save_file
 
-from helpers import WorkbookError, checkpoint, identity, verification, workspace
+from helpers import (
+    WorkbookError,
+    checkpoint,
+    identity,
+    phi4_slice,
+    quantize,
+    roofline,
+    verification,
+    workspace,
+)
+from helpers import fp8 as e4m3
 
 
 @pytest.fixture
@@ -165,3 +178,39 @@ def test_in_the_hubs_cache_the_blobs_names_are_the_sums(tmp_workspace, tiny_base
     (snapshot / "model.safetensors").unlink()
     (snapshot / "model.safetensors").symlink_to(other)
     assert checkpoint.verified(snapshot).fingerprint != found.fingerprint
+
+
+# By blocks of rows
+
+
+@pytest.mark.parametrize("rows", [1, 100, 1024])
+def test_blocks_are_the_tensor_in_order(rows, tiny_fp8):
+    name = "model.layers.1.mlp.gate_up_proj.weight"
+    blocks = list(checkpoint.read_blocks(tiny_fp8, name, rows))
+    assert [len(block) for block in blocks[:-1]] == [rows] * (len(blocks) - 1)
+    assert torch.equal(torch.cat(blocks).view(torch.uint8),
+                       checkpoint.read_tensor(tiny_fp8, name).view(torch.uint8))
+    with pytest.raises(WorkbookError, match="layers.99"):
+        next(checkpoint.read_blocks(tiny_fp8, "model.layers.99"))
+
+
+def test_notebook_03_makes_a_large_module_anew_in_little_memory(tmp_path):
+    """Phi-4's largest whole would take 6 GB beside it; this one, of 34 million weights, 1 GB."""
+    config = phi4_slice.sliced(roofline.load_config(REPO / "data" / "phi4"), 1) | {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16,
+        "num_key_value_heads": 4}
+    base = phi4_slice.random_checkpoint(config, tmp_path / "base")
+    fp8 = phi4_slice.quantized(base, quantize.recipe(), tmp_path / "fp8")
+    nb = json.loads((REPO / "notebooks" / "03_inspect_the_scales.ipynb").read_text())
+    (cell,) = (cell for cell in nb["cells"] if cell["id"] == "03-22")
+    names = {"base": base, "fp8": fp8, "checkpoint": checkpoint, "e4m3": e4m3, "torch": torch}
+    Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is counted anew
+    before = in_memory("VmRSS")
+    exec("".join(cell["source"]), names)
+    assert names["identical"] == len(names["modules"]) == 4
+    assert in_memory("VmHWM") - before < 600_000_000
+
+
+def in_memory(field: str) -> int:
+    """Bytes of this process, by a field of Linux's /proc/self/status."""
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -102,6 +102,10 @@ def test_flags_of_ones_own_are_in_every_command():
     shown += [command for machines in
               deployment.beyond_one_gpu("me/phi-4-fp8", marlin).values() for command in machines]
     assert all("--linear-backend marlin" in command for command in shown)
+    for capability, flags in (((7, 5), marlin), ((8, 6), marlin), ((8, 9), ()), ((12, 0), ())):
+        mode = hardware.gpu_mode(Gpu(0, "a GPU", 24 << 30, capability, ""))
+        assert deployment.path_flags(mode) == flags
+    assert deployment.path_flags(hardware.ServingMode("cpu-w8a16", "cpu", "", "")) == marlin
     assert "marlin" not in deployment.docker_run(FROM_HUB)
 
 

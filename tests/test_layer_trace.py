@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import REPO
 from on_a_gpu import server_flags
+from safetensors.torch import save_file
 
 from helpers import WorkbookError, checkpoint, client, hardware, serving
 from helpers.serve_side import layer_trace
@@ -133,3 +134,49 @@ def test_a_module_that_is_not_there_is_a_sentence(tiny_fp8):
         layer_trace.received(tiny_fp8, "model.layers.9.nothing", [])
     with pytest.raises(WorkbookError, match="no FP8 module lm_head"):
         layer_trace.received(tiny_fp8, "lm_head", [])
+
+
+class Shared:
+    """A worker of two GPUs that share down_proj: vLLM's names, and a product in W8A8 or W8A16."""
+
+    def __init__(self, rank: int, codes, scale, w8a8: bool):
+        class SomeKernel:
+            pass
+
+        def apply_weights(layer, x):
+            s_x = x.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 448
+            x = s_x * (x.float() / s_x).to(torch.float8_e4m3fn).float() if w8a8 else x.float()
+            return (x @ layer.weight.T * layer.weight_scale.T).bfloat16()
+
+        part = codes.chunk(2, dim=1)[rank]
+        scheme = SimpleNamespace(kernel=SomeKernel(), apply_weights=apply_weights)
+        self.layer = SimpleNamespace(
+            scheme=scheme, weight=part, weight_scale=scale, tp_rank=rank,
+            input_size=codes.shape[1], input_size_per_partition=part.shape[1])
+        self.model_config = SimpleNamespace(dtype=torch.bfloat16)
+
+    def get_model(self):
+        return SimpleNamespace(get_submodule=lambda module: self.layer)
+
+
+@pytest.mark.parametrize("w8a8", [True, False])
+def test_two_gpus_that_share_the_layer_answer_as_one(w8a8, tiny_fp8, tmp_path):
+    """Notebook 05's inputs, whose halves have one amax, and its distances; and the identity."""
+    codes, scale = stored(tiny_fp8)
+    nb = json.loads((REPO / "notebooks" / "05_serve_with_vllm.ipynb").read_text())
+    (cell,) = (cell for cell in nb["cells"] if cell["id"] == "05-proof")
+    names = {"fp8": tiny_fp8}
+    exec("".join(cell["source"]), names)
+    save_file({"x": names["x"]}, tmp_path / layer_trace.ASKED)
+    for rank in (1, 0):
+        layer_trace.Layers.ask_layer(Shared(rank, codes, scale, w8a8), DOWN, tmp_path)
+    y = layer_trace._answer(tmp_path).product.float()
+    far = {name: float((y - product).norm() / product.norm())
+           for name, product in names["products"].items()}
+    right, wrong = ("W8A8", "W8A16") if w8a8 else ("W8A16", "W8A8")
+    assert far[right] < 0.005 < 0.02 < far[wrong], far
+    (tmp_path / layer_trace.ASKED).unlink()
+    for rank in (0, 1):
+        layer_trace.Layers.ask_layer(Shared(rank, codes, scale, w8a8), DOWN, tmp_path)
+    held = layer_trace._answer(tmp_path).product.T.float()
+    assert torch.allclose(held, codes * scale, rtol=2**-7, atol=0)

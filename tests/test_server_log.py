@@ -6,12 +6,13 @@ import pytest
 
 from helpers import server_log, serving_env
 
-# In the order in which a server on a GPU writes them; by the file of vLLM that has them.
+# As a server on a GPU writes them, in order, by either of its model runners; with vLLM's file.
 ON_A_GPU = (
     ("config/model.py", "Resolved architecture: Phi3ForCausalLM", "starting the engine's process"),
     ("v1/engine/core.py", "Initializing a V1 LLM engine (v0.32.0) with config: ...",
      "starting the engine"),
     ("v1/worker/gpu_model_runner.py", "Starting to load model /m...", "loading the weights"),
+    ("v1/worker/gpu/model_runner.py", "Loading model from scratch...", "loading the weights"),
     ("model_executor/model_loader/weight_utils.py", "Loading safetensors checkpoint shards:  50%",
      "loading the weights"),
     ("compilation/backends.py", "Using cache directory: /c for vLLM's torch.compile", "compiling"),
@@ -20,6 +21,8 @@ ON_A_GPU = (
      "compiling"),
     ("v1/worker/gpu_model_runner.py", "Profiling CUDA graph memory: PIECEWISE=11 (largest=64)",
      "measuring the memory that is left"),
+    ("v1/worker/gpu/cudagraph_utils.py", "Capturing CUDA graphs (PIECEWISE):  50%",
+     "capturing CUDA graphs"),
     ("v1/core/kv_cache_utils.py", "GPU KV cache size: 91,024 tokens", "preparing the KV cache"),
     ("v1/worker/gpu_model_runner.py",
      "Capturing CUDA graphs (mixed prefill-decode, PIECEWISE):  10%", "capturing CUDA graphs"),

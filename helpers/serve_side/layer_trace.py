@@ -36,10 +36,10 @@ def ask(server: serving.VllmServer, module: str, x=None) -> Received:
     """What the kernel in a running server holds for `module`, and makes of `x`.
 
     The server has been started with `FLAGS` and `ENVIRONMENT`. `x`: a bfloat16 tensor [rows, in],
-    or the identity matrix where none is given. Raises `WorkbookError` when the checkpoint has no
+    or the identity matrix where none is given. Where GPUs share the model, the module is one whose
+    inputs they divide: o_proj or down_proj. Raises `WorkbookError` when the checkpoint has no
     such module, or vLLM knows it by another name.
     """
-    from safetensors import safe_open
     from safetensors.torch import save_file
 
     _require(server.checkpoint, module)
@@ -47,9 +47,21 @@ def ask(server: serving.VllmServer, module: str, x=None) -> Received:
         if x is not None:
             save_file({"x": x}, Path(folder) / ASKED)
         server.post("/collective_rpc", {"method": "ask_layer", "args": [module, folder]})
-        with safe_open(Path(folder) / ANSWER, "pt") as answer:
-            return Received(answer.metadata()["kernel"], answer.get_tensor("scale"),
-                            answer.get_tensor("product"))
+        return _answer(Path(folder))
+
+
+def _answer(folder: Path) -> Received:
+    """What the workers have left there: of GPUs that share a layer by its inputs, the sum."""
+    from safetensors import safe_open
+
+    parts = []
+    for file in sorted(folder.glob(f"*{ANSWER}")):
+        with safe_open(file, "pt") as part:
+            parts.append(Received(part.metadata()["kernel"], part.get_tensor("scale"),
+                                  part.get_tensor("product")))
+    first = parts[0].product
+    return Received(parts[0].kernel, parts[0].scale,
+                    sum(part.product.float() for part in parts).to(first.dtype))
 
 
 def received(fp8: Checkpoint, module: str, flags: list[str], x=None) -> Received:
@@ -79,10 +91,11 @@ class Layers:
                       if type(part).__name__.endswith("Kernel"))
         asked = Path(folder) / ASKED
         x = (load_file(asked)["x"] if asked.exists()
-             else torch.eye(layer.input_size_per_partition))
+             else torch.eye(layer.input_size))
         x = x.to(self.model_config.dtype)  # float16 on Turing, which has no bfloat16
+        x = x.chunk(layer.input_size // layer.input_size_per_partition, dim=1)[layer.tp_rank]
         with torch.inference_mode():
             rows = [layer.scheme.apply_weights(layer, some.to(layer.weight.device)).cpu()
                     for some in x.split(ROWS)]
         save_file({"product": torch.cat(rows), "scale": layer.weight_scale.float().flatten().cpu()},
-                  Path(folder) / ANSWER, {"kernel": kernel})
+                  Path(folder) / f"{layer.tp_rank}-{ANSWER}", {"kernel": kernel})
