@@ -31,7 +31,7 @@ def preflight() -> list[Check]:
     machine = hardware.detect()
     mode = hardware.serving_mode(machine)
     gpus = "; ".join(
-        f"{gpu.name}, {gpu.memory_bytes / GB:.0f} GB, compute capability "
+        f"{gpu.name}, {gpu.memory_bytes / 2**30:.1f} GiB, compute capability "
         f"{hardware.capability(gpu)}, driver {gpu.driver}"
         + (f" (CUDA {hardware.dotted(gpu.cuda)})" if gpu.cuda else "") for gpu in machine.gpus)
     return [

@@ -232,7 +232,7 @@ def graphics(found) -> Finding:
                        "GPU does not answer")
     if not found:
         return Finding(True, "GPU", "none, and none is needed", "no GPU")
-    said = "; ".join(f"{gpu.name}, {gpu.memory_bytes / GB:.0f} GB, compute capability "
+    said = "; ".join(f"{gpu.name}, {gpu.memory_bytes / 2**30:.1f} GiB, compute capability "
                      f"{_dotted(gpu.capability)}, driver {gpu.driver}" for gpu in found)
     short = f"GPU {len(found)} x {found[0].name} driver {found[0].driver}"
     if max(gpu.capability for gpu in found) < OLDEST:
