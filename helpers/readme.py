@@ -1,4 +1,4 @@
-"""What the README shows of results: two pictures and two tables, written from what is kept.
+"""What the README shows of results: two pictures and three tables, written from what is kept.
 
 `python -m helpers.readme` puts them between the README's markers. The pictures are those of the
 committed notebooks; the tables are made from the ledgers in `data/measured`.
@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from helpers import cpu_bench, ledger, ledger_row, models, report, verdicts, workspace
+from helpers import cpu_bench, ledger, ledger_row, models, rehearsed, report, verdicts, workspace
 
 RUN = workspace.data("measured", "cpu-tiny-phi4.jsonl")  # of the committed notebooks
 # Where a picture goes, the notebook it is from, and how its description begins there.
@@ -92,7 +92,8 @@ def main() -> None:
         workspace.data("measured", name).write_bytes(picture(notebook, begins)[1])
     readme = workspace.repo() / "README.md"
     text = readme.read_text()
-    for name, block in (("pictures", pictures()), ("results", results()), ("bench", bench())):
+    for name, block in (("pictures", pictures()), ("results", results()), ("bench", bench()),
+                        ("gpus", rehearsed.as_markdown())):
         head, rest = text.split(f"<!-- {name} -->\n")
         _, tail = rest.split(f"<!-- /{name} -->")
         text = f"{head}<!-- {name} -->\n{block}\n<!-- /{name} -->{tail}"

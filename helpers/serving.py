@@ -48,6 +48,19 @@ MARLIN = ["--linear-backend", "marlin"]
 GUARD = ["--middleware", "helpers.serve_side.guard.KeyGuard"]
 
 
+
+def attention(machine: Machine) -> list[str]:
+    """vLLM's flags for attention on a GPU: FlashAttention by name on capability 10.x (B200).
+
+    There alone vLLM 0.32 takes FlashInfer's first (`vllm/platforms/cuda.py`,
+    `_get_backend_priorities`), which is compiled with nvcc or downloaded while the server starts.
+    FlashAttention 4 compiles itself with what the environment has.
+    """
+    if machine.gpus and hardware.best_gpu(machine).compute_capability[0] == 10:
+        return ["--attention-backend", "FLASH_ATTN"]
+    return []
+
+
 def default_flags(profile: Profile, mode: ServingMode, machine: Machine | None = None) -> list[str]:
     """vLLM's flags for a profile in a serving mode, beside the ones every server gets.
 
@@ -67,7 +80,7 @@ def default_flags(profile: Profile, mode: ServingMode, machine: Machine | None =
     share, gpus = models.gpu_share(profile, machine), models.gpus(profile, machine)
     return [*flags, "--gpu-memory-utilization", f"{share:.2f}",
             *(["--tensor-parallel-size", str(gpus)] if gpus > 1 else []),
-            *(MARLIN if mode.key == "gpu-w8a16" else [])]
+            *(MARLIN if mode.key == "gpu-w8a16" else []), *attention(machine)]
 
 
 class VllmServer(Endpoint):

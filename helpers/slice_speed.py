@@ -77,7 +77,7 @@ def servers(part: Slice, copies: Mapping[str, Checkpoint], machine: Machine,
             gpu, served = hardware.best_gpu(machine), part.served_bytes(arm.format, "cuda")
             of_all = (served / gpu.memory_bytes if part.together else
                       capacity.share(served - phi4_slice.SERVER["cuda"], [gpu]))
-            share = ["--gpu-memory-utilization", f"{of_all:.3f}"]
+            share = ["--gpu-memory-utilization", f"{of_all:.3f}", *serving.attention(machine)]
         found[name] = serving.VllmServer(model, [*flags, *share, *arm.flags],
                                          name=f"slice-{arm.format}")
     return found

@@ -142,6 +142,17 @@ def test_the_servers_of_a_gpu_share_it_and_each_has_room_for_its_weights(memory,
     assert len(shares) == 3 and sum(shares.values()) < 1
 
 
+def test_the_slices_attention_needs_no_cuda_toolkit_either(monkeypatch):
+    monkeypatch.setattr(hardware, "available_ram", lambda: 64 * GB)
+    for capability, named in (((9, 0), False), ((10, 0), True)):
+        where = machine(capacity=80 * GB, capability=capability)
+        mode = hardware.serving_mode(where)
+        copies = {"bf16": SimpleNamespace(path=REPO), "fp8": SimpleNamespace(path=REPO)}
+        part = phi4_slice.choose(where, mode)
+        for server in slice_speed.servers(part, copies, where, mode).values():
+            assert ("--attention-backend" in server.flags) == named
+
+
 # What is made
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from conftest import REPO
 from environments import CUDA_TORCH, GB, environments
 from needs import torch_cuda
 
-from helpers import hardware, ledger, models, preflight, readme, verdicts
+from helpers import hardware, ledger, models, preflight, readme, rehearsed, verdicts
 
 TEXT = (REPO / "README.md").read_text()
 SERVE = REPO / "requirements/constraints/serve.txt"
@@ -63,7 +63,7 @@ def facts() -> dict[str, tuple[str, ...]]:
 def test_what_is_between_its_markers_follows_from_what_is_kept():
     blocks = dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n<!-- /\1 -->", TEXT, flags=re.S))
     assert blocks == {"pictures": readme.pictures(), "results": readme.results(),
-                      "bench": readme.bench()}
+                      "bench": readme.bench(), "gpus": rehearsed.as_markdown()}
     assert verdicts.MISSING not in blocks["results"]
     for name, notebook, begins in readme.PICTURES:
         description, png = readme.picture(notebook, begins)
