@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # From prompts of one token, so that every step is one of decoding. Few tokens are enough: a token
 # of two layers takes some 30 ms on a CPU.
-WORK = (Work(1, 1, 20), Work(8, 1, 12), Work(1, 512, 1))
+WORK = (Work(1, 1, 16), Work(8, 1, 8), Work(1, 512, 1))
 # A random model may say nothing but special tokens; the benchmark takes hidden ones for failures.
 SHOWN = ("--extra-body", '{"skip_special_tokens": false}')
 PREDICTED = "slice"  # the name that the reader's ratios are kept under

@@ -254,7 +254,7 @@ def test_predictions_stand_beside_what_was_measured(measured, folder):
     points, unbelievable = room.ratios(handed)
     assert unbelievable == 1
     (work, first), *_ = room.by_work(points)
-    assert work == "FP8 W8A16, 1 stream of 1 + 20 tokens, 2 layers of Phi-4's shapes"
+    assert work == "FP8 W8A16, 1 stream of 1 + 16 tokens, 2 layers of Phi-4's shapes"
     assert [point.estimate.value for point in first] == [1, 1.9, 2.1]
     assert (first[-1].estimate.low, first[-1].estimate.high) == (2.1 * 0.9, 2.1 * 1.1)
     assert any(work.startswith("INT8 W8A8, prompt of 512") for work, _ in room.by_work(points))
