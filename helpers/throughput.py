@@ -114,6 +114,11 @@ def tokens_per_second(work: Work, result: BenchResult) -> float:
     """
     if work.generated_tokens == 1:
         return 1000 * work.counted_tokens / result.ttft_ms
+    if not result.tpot_ms:
+        raise WorkbookError(
+            f"All {work.generated_tokens} tokens arrived at once, so no time lies between them.",
+            "The client was slower than the server: their speed was not measured.",
+            "Measure again when the machine has less to do, or with more tokens.")
     return 1000 * work.streams / result.tpot_ms
 
 

@@ -247,7 +247,7 @@ def test_a_slice_is_served_measured_and_recorded(tmp_workspace, small, recipes, 
     """Two arms of a slice of the bundled model, by the functions that notebook 07 calls."""
     where = hardware.detect()
     mode = hardware.serving_mode(where)
-    monkeypatch.setattr(slice_speed, "WORK", (Work(1, 1, 4, 2), Work(1, 32, 1, 2)))
+    monkeypatch.setattr(slice_speed, "WORK", (Work(1, 1, 64, 2), Work(1, 32, 1, 2)))
     every = phi4_slice.arms(mode)
     two = {name: every[name] for name in [*every][::len(every) - 1]}  # the first and the last
     monkeypatch.setattr(phi4_slice, "arms", lambda mode: two)
