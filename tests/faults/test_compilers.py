@@ -57,7 +57,7 @@ FLASHINFER = {
         "RuntimeError: Could not find nvcc and default cuda_home='/usr/local/cuda' doesn't exist",
         "Could not find nvcc", "CUDA toolkit"),
     "no nvcc where it is called": (
-        "RuntimeError: Ninja build failed. Ninja output:\nninja: Entering directory `/root/.cache'"
+        "RuntimeError: Ninja build failed. Ninja output:\nninja: Entering directory `/tmp/.cache'"
         "\n[1/2] /usr/local/cuda/bin/nvcc -c sampling.cu -o sampling.o\nFAILED: [code=127] a.o\n"
         "/bin/sh: 1: /usr/local/cuda/bin/nvcc: not found\nninja: build stopped: subcommand failed.",
         "/usr/local/cuda/bin/nvcc: not found", "CUDA toolkit"),
