@@ -60,14 +60,15 @@ def codes(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
-def errors(lengths: tuple[int, ...] = LENGTHS, rows: int = 64,
-           seeds: int = 3) -> DataFrame:
+def errors(lengths: tuple[int, ...] = LENGTHS, rows: int = 64, seeds: int = 3,
+           repeat: int = 1) -> DataFrame:
     """Relative error of the sum alone, and of quantization, on normal random x and w [rows, K].
 
     A DataFrame, index K. "fast", "slow", "float32": the sum of the codes' products against the
     exact sum of the same codes. "quantization": the exact sum of the scaled codes against the
     product before rounding. Each is |error| / |exact| over all rows x rows outputs (Frobenius),
-    the mean over seeds; "fast, spread" is the largest over the smallest of the seeds.
+    the mean over seeds; "fast, seeds' max / min" is how far those lie apart. `repeat`: as
+    in `emulated`, each row so many times as long.
     """
     import pandas as pd
     import torch
@@ -78,13 +79,13 @@ def errors(lengths: tuple[int, ...] = LENGTHS, rows: int = 64,
         for seed in range(seeds):
             random = torch.Generator().manual_seed(seed)
             x, w = (torch.randn(rows, length, generator=random) for _ in "xw")
-            (x8, sx), (w8, sw) = codes(x), codes(w)
-            exact, whole = sums(x8, w8, "exact"), x.double() @ w.double().T
+            (x8, sx), (w8, sw) = codes(x.repeat(1, repeat)), codes(w.repeat(1, repeat))
+            exact, whole = sums(x8, w8, "exact"), repeat * (x.double() @ w.double().T)
             found.append({way: _relative(sums(x8, w8, way), exact) for way in WAYS[1:]} | {
                 "quantization": _relative(exact * sx * sw.T, whole)})
         each = pd.DataFrame(found)
         table[length] = dict(each.mean()) | {
-            "fast, spread": each["fast"].max() / each["fast"].min()}
+            "fast, seeds' max / min": each["fast"].max() / each["fast"].min()}
     return pd.DataFrame(table).T.rename_axis("K")
 
 

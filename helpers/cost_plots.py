@@ -15,7 +15,7 @@ WIDE = 20  # the largest difference over the median one from which a linear axis
 
 
 def differences(tables: dict[str, DataFrame], against: str) -> None:
-    """Each arm's KL less one arm's, with its interval; a panel a model.
+    """Each arm's KL minus one arm's, with its interval; a panel a model, with that one's own KL.
 
     `tables`: a model's name to `formats.table`. A hollow mark's interval holds zero.
     """
@@ -32,10 +32,10 @@ def differences(tables: dict[str, DataFrame], against: str) -> None:
         bent = _logarithmic_beyond(axis, table)
         axis.set_yticks(range(len(table)), table.index)
         axis.invert_yaxis()
-        axis.set_xlabel(f"KL less that of {against}, nats per token{bent}")
-        axis.set_title(name, loc="left")
-    plots.show(figure, f"KL of each arm less that of {against}, with 95 % intervals: " + "; ".join(
-        f"{name}: " + ", ".join(f"{arm} {line['told apart']}" for arm, line in table.iterrows()
+        axis.set_xlabel(f"KL minus that of {against}, nats per token{bent}")
+        axis.set_title(f"{name}: at 0 is a KL of {table.loc[against, 'KL']:.2g} nats", loc="left")
+    plots.show(figure, f"KL of each arm minus that of {against}, with 95 % intervals: " + "; ".join(
+        f"{name}, {table.loc[against, 'KL']:.2g} nats: " + ", ".join(f"{arm} {line['told apart']}" for arm, line in table.iterrows()
                                 if arm != against) for name, table in tables.items()) + ".")
 
 
@@ -71,7 +71,7 @@ def outlier_sweep(tables: dict[str, DataFrame]) -> None:
             axis.plot(table.index, table[column], style, color=colour, ms=4, label=column)
         axis.set_xscale("log", base=2)
         axis.set_xticks(table.index[::2], [f"{size:,}" for size in table.index[::2]])
-        axis.set_xlabel("the outlier, times its size as trained")
+        axis.set_xlabel("the raised feature, times its size as trained")
         axis.set_ylabel("SQNR of the median token's output, dB")
         axis.set_title(f"One feature raised {where}", loc="left")
     axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
@@ -83,7 +83,7 @@ def outlier_sweep(tables: dict[str, DataFrame]) -> None:
 
 
 def outlier_modules(tables: dict[str, DataFrame]) -> None:
-    """E4M3's SQNR less INT8's, one point a module, against its largest feature over its median.
+    """E4M3's SQNR minus INT8's, one point a module, against its largest feature over its median.
 
     `tables`: a model's name to `reach.modules`. A panel for scales per token, one per tensor.
     """
@@ -98,10 +98,10 @@ def outlier_modules(tables: dict[str, DataFrame]) -> None:
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set_xlabel("largest / median feature of the module's input, in its median token")
-        axis.set_ylabel("E4M3's SQNR less INT8's, dB")
+        axis.set_ylabel("E4M3's SQNR minus INT8's, dB")
         axis.set_title(f"Scales {scope}: above the line E4M3 is better", loc="left", fontsize=11)
     axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    plots.show(figure, "E4M3's signal to quantization noise less INT8's, over how far a module's "
+    plots.show(figure, "E4M3's signal to quantization noise minus INT8's, over how far a module's "
                        "largest input feature stands out. E4M3 is ahead: " + "; ".join(ahead) + ".")
 
 

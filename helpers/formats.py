@@ -27,6 +27,7 @@ FORMATS = (
     RECIPE,
     Format("E4M3 128x128 blocks", "e4m3", "block", "group"),
     Format("E4M3 per tensor", "e4m3", "tensor", "tensor"),
+    Format("E4M3, weights per tensor", "e4m3", "tensor"),
     Format("E5M2 per channel", "e5m2"),
     Format("INT8 per channel", "int8"),
     Format("INT8 per tensor", "int8", "tensor", "tensor"),
@@ -163,7 +164,7 @@ def table(losses: Losses, against: str = RECIPE.name) -> DataFrame:
     """KL of every arm and its difference from one of them, with 95 % intervals over texts.
 
     A DataFrame, index arm, least KL first. "KL", "KL low" to "KL high": nats per token, over all
-    tokens. "difference", "low" to "high": this arm's KL less that of `against` on the same texts.
+    tokens. "difference", "low" to "high": this arm's KL minus that of `against` on the same texts.
     The intervals are 95 % ones (`stats.paired_over_texts`), and each stands for itself.
     "told apart": "less", "more", or "no" where the difference's holds zero. "top-1",
     "logits, dB": as in `Losses`.

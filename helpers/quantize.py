@@ -159,7 +159,7 @@ def route_for(profile: Profile, machine: Machine) -> Route:
         return Route(True, streaming.memory(),
                      f"{numbers}: the model does not fit, so its shards are streamed.")
     return Route(False, needed,
-                 f"{numbers}: the model fits, so it is loaded and quantized in place.")
+                 f"{numbers}: the model fits, so it is loaded whole.")
 
 
 def stream(base: Checkpoint, place: Path) -> Checkpoint:
@@ -169,7 +169,7 @@ def stream(base: Checkpoint, place: Path) -> Checkpoint:
 
 
 def quantized(base: Checkpoint) -> "PreTrainedModel":
-    """The model of `base`, loaded in bf16 and quantized in place by `oneshot`."""
+    """The model of `base`, loaded in bf16, its scales set by `oneshot`; saving makes the codes."""
     import torch
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM

@@ -69,7 +69,9 @@ def clips_and_drowns(values, scales) -> None:
         axis.set_ylim(-3, 115)
         axis.set_yticks([0, 25, 50, 75, 100])
         axis.set_xlabel("magnitude of the number")
-        axis.set_title(f"scale {times(scale / best)} amax / 448", loc="left", pad=12)
+        whole = float((fates["rounded to"] - values).norm() / values.norm())
+        axis.set_title(f"scale {times(scale / best)} amax / 448: error {whole:.0%} in all",
+                       loc="left", pad=12, fontsize=11)
     axes[0].set_ylabel("relative error, %")
     axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.06, 1), markerscale=4)
     plots.show(figure, f"Relative error of {len(values)} numbers over their magnitude: "

@@ -48,7 +48,6 @@ MARLIN = ["--linear-backend", "marlin"]
 GUARD = ["--middleware", "helpers.serve_side.guard.KeyGuard"]
 
 
-
 def attention(machine: Machine) -> list[str]:
     """vLLM's flags for attention on a GPU: FlashAttention by name on capability 10.x (B200).
 

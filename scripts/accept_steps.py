@@ -5,7 +5,6 @@ measured is in the ledger of the workspace, which `accept_gpu` makes one of its 
 """
 
 import json
-import os
 import shutil
 import subprocess
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
+from rehearsal import stand_in
 from run_notebooks import NOTEBOOKS, REPO, NotebookStopped, execute, notebooks
 
 from helpers import (
@@ -301,18 +301,11 @@ def used(here: Here) -> int:
 
 @contextmanager
 def without_toolkit(place: Path) -> Iterator[dict[str, str]]:
-    """The variables of a process that finds every program but nvcc and ninja, and empty caches."""
+    """The variables of a process that finds no program of a CUDA toolkit, and empty caches."""
     bare = place / "bare"
     shutil.rmtree(bare, ignore_errors=True)
-    programs = bare / "bin"
-    programs.mkdir(parents=True)
     try:
-        for folder in map(Path, os.environ.get("PATH", "").split(os.pathsep)):
-            for program in folder.iterdir() if folder.is_dir() else ():
-                link = programs / program.name
-                if (program.is_file() and not link.is_symlink()
-                        and program.name not in ("nvcc", "ninja", "ninja-build")):
-                    link.symlink_to(program.absolute())
+        programs = stand_in.programs(bare / "bin")
         caches = {name: str(bare / name.lower()) for name in (
             "VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR",
             "FLASHINFER_WORKSPACE_BASE")}

@@ -21,6 +21,7 @@ NAMES = ("00_start_here", "01_load_phi4", "02_quantize_to_fp8", "03_inspect_the_
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(root|home|work|tmp|usr|opt|var|mnt|Users|etc)/\w")
 PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]+")
 LONGEST_CELL = 15  # lines of code
+MOST_WORDS = 900  # of prose in a notebook; code and what is folded are not counted
 
 
 @pytest.fixture(params=sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
@@ -48,6 +49,12 @@ def test_a_title_then_three_lines_that_open_the_course(nb):
     first, second = nb.cells[:2]
     assert first.cell_type == "markdown" and first.source.startswith("# ")
     assert second.cell_type == "code" and len(lines(second.source)) <= 3
+
+
+def test_its_prose_is_short(nb):
+    prose = " ".join(re.sub(r"```.*?```|<details>.*?</details>", "", cell.source, flags=re.S)
+                     for cell in nb.cells if cell.cell_type == "markdown")
+    assert sum(any(map(str.isalnum, word)) for word in prose.split()) <= MOST_WORDS
 
 
 def test_every_code_cell_is_short_and_needs_no_set_up_of_its_own(nb):
