@@ -43,9 +43,9 @@ def usable(gpu: Gpu) -> int:
 def share(needed: int, gpus: Sequence[Gpu]) -> float:
     """The share of each GPU's memory that vLLM is told to take, two decimals, rounded down.
 
-    0.90, or on a GPU that others use, such as a desktop, what is free now beside `CONTEXT`; but no
-    less than `needed` bytes of weights and KV cache take, rounded up: with less vLLM cannot start,
-    and says what is free.
+    0.90, or on a GPU that others use, such as a desktop, what is free now beside `CONTEXT`. Never
+    less than `needed` bytes of weights and KV cache take: where that is more than is free, vLLM
+    stops at its start and says what is free.
     """
     least = max(-(-100 * (needed // len(gpus) + REST) // gpu.memory_bytes) for gpu in gpus)
     free = min((100 * (gpu.free_bytes - CONTEXT) // gpu.memory_bytes

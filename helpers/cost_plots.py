@@ -34,9 +34,11 @@ def differences(tables: dict[str, DataFrame], against: str) -> None:
         axis.invert_yaxis()
         axis.set_xlabel(f"KL minus that of {against}, nats per token{bent}")
         axis.set_title(f"{name}: at 0 is a KL of {table.loc[against, 'KL']:.2g} nats", loc="left")
-    plots.show(figure, f"KL of each arm minus that of {against}, with 95 % intervals: " + "; ".join(
-        f"{name}, {table.loc[against, 'KL']:.2g} nats: " + ", ".join(f"{arm} {line['told apart']}" for arm, line in table.iterrows()
-                                if arm != against) for name, table in tables.items()) + ".")
+    said = [f"{name}, {table.loc[against, 'KL']:.2g} nats: " + ", ".join(
+        f"{arm} {line['told apart']}" for arm, line in table.iterrows() if arm != against)
+        for name, table in tables.items()]
+    plots.show(figure, f"KL of each arm minus that of {against}, with 95 % intervals: "
+                       f"{'; '.join(said)}.")
 
 
 def _logarithmic_beyond(axis, table: DataFrame) -> str:

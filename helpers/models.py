@@ -140,10 +140,15 @@ def memory(machine: Machine) -> int:
 
 
 def for_weights(machine: Machine) -> int:
-    """Bytes that weights may take on one GPU, beside Phi-4's KV cache, or in the RAM."""
+    """Bytes that Phi-4's weights may take, beside its KV cache on the GPUs, or in the RAM."""
     if serving_mode(machine).device == "cuda":
-        return capacity.room(PHI4.kv_bytes, memory(machine))
+        return capacity.room(PHI4.kv_bytes, memory(machine), most_gpus(PHI4, machine))
     return int(machine.ram_bytes / HEADROOM)
+
+
+def most_gpus(profile: Profile, machine: Machine) -> int:
+    """How many GPUs may share a profile: 2 where it divides and two are equal, else 1."""
+    return 2 if profile.divides and len(equal_gpus(machine)) > 1 else 1
 
 
 def needed_gpus(weights: int, profile: Profile, machine: Machine) -> int:
@@ -154,10 +159,8 @@ def needed_gpus(weights: int, profile: Profile, machine: Machine) -> int:
     """
     if serving_mode(machine).device == "cpu":
         return int(weights * HEADROOM <= memory(machine))
-    gpus = equal_gpus(machine)
-    counts = [1, 2] if profile.divides and len(gpus) > 1 else [1]
-    return next((count for count in counts if capacity.fits(
-        weights, profile.kv_bytes, gpus[0].memory_bytes, count)), 0)
+    return next((count for count in range(1, most_gpus(profile, machine) + 1) if capacity.fits(
+        weights, profile.kv_bytes, memory(machine), count)), 0)
 
 
 def fits(weights: int, profile: Profile, machine: Machine) -> bool:
@@ -196,8 +199,9 @@ def _require_fit(profile: Profile, machine: Machine) -> None:
     if "fp8" in arms(profile, machine):
         return
     if serving_mode(machine).device == "cuda":
-        where = "the GPU"
-        needed = (profile.fp8_bytes + profile.kv_bytes + capacity.REST) / capacity.SHARE
+        count = most_gpus(profile, machine)
+        where = "the GPU" if count == 1 else "each of two GPUs"
+        needed = ((profile.fp8_bytes + profile.kv_bytes) / count + capacity.REST) / capacity.SHARE
     else:
         where, needed = "this machine's RAM", profile.fp8_bytes * HEADROOM
     raise WorkbookError(

@@ -151,8 +151,9 @@ def route_for(profile: Profile, machine: Machine) -> Route:
     weights = profile.bf16_bytes
     if not models.fits(weights, profile, machine) and serving_mode(machine).device == "cuda":
         return Route(True, streaming.memory(), f"{weights / 1e9:.3g} GB of weights are more than "
-                     f"the GPU's {models.memory(machine) / 1e9:.3g} GB can serve, so they are not "
-                     "loaded: the model's shards are streamed on the CPU.")
+                     f"can be served on {models.most_gpus(profile, machine)} GPU(s) of "
+                     f"{models.memory(machine) / 1e9:.3g} GB, so they are not loaded: the model's "
+                     "shards are streamed on the CPU.")
     needed, available = int(weights * ONESHOT_MEMORY), hardware.available_ram()
     numbers = f"{needed / 1e9:.3g} GB for oneshot, {available / 1e9:.3g} GB of RAM free"
     if needed > available:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from helpers import capacity, workspace
+from helpers import arm_names, capacity, workspace
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 KEPT = workspace.data("measured", "gpu-rehearsal.json")
 NOT_SHOWN = [
     "anything that runs on the device: kernels, CUDA graphs, speed, answers",
-    "what torch.compile makes of the model, but that its Triton compiles for the GPU",
+    "what torch.compile makes of the model (only that its Triton compiles for the GPU is shown)",
     "that vLLM's compiled kernels hold code for the GPU",
     "what CUDA sees of the memory beside NVML's total, and what activations and graphs take",
     "NCCL between two GPUs",
@@ -41,7 +41,7 @@ def _serves(row: dict) -> str:
     """Profile and arms, 16 bits by their true name, and how many GPUs share the model."""
     if not row["arms"]:
         return ""
-    names = {"bf16": "fp16" if row["dtype"] == "float16" else "bf16", "fp8": "FP8"}
+    names = {"bf16": arm_names.sixteen_bits(row["dtype"]), "fp8": "FP8"}
     on = f", on {row['gpus']} GPUs" if row["gpus"] > 1 else ""
     return f"{row['profile']} in {' and '.join(names[arm] for arm in row['arms'])}{on}"
 

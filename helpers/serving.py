@@ -33,7 +33,7 @@ from helpers.endpoint import Endpoint, checked_name
 from helpers.hardware import Machine, ServingMode
 from helpers.models import Profile
 from helpers.progress import Progress
-from helpers.serving_env import environment, serve_python
+from helpers.serving_env import IN_ONE_PROCESS, environment, serve_python
 
 STARTUP_TIMEOUT = 1800  # seconds; Phi-4 in bf16 from a slow disk, compiled, takes several minutes
 GRACE = 4  # seconds that vLLM has to end by itself before it is killed
@@ -187,19 +187,8 @@ class VllmServer(Endpoint):
     def _start_supervisor(self, port: int) -> subprocess.Popen:
         env = {**environment(), **self._env, "VLLM_API_KEY": self.api_key}
         if "uni" in self.flags:
-            # vLLM 0.32's CPU platform turns `uni` back into `mp` unless this is off. The API
-            # server still runs its engine in a process of its own, and still notices its death.
-            env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-            env.setdefault("OMP_NUM_THREADS", str(threads(self.checkpoint)))
-            # OpenMP's threads spin for milliseconds when they wait, against the API server and the
-            # notebook on a machine of few cores: 36 tokens/s, and 140 with this, on two busy ones.
-            env.setdefault("GOMP_SPINCOUNT", "1000")
-            # NumPy's OpenBLAS starts threads when it is imported, and with threads no process may
-            # be forked (`serve_side.cpu_platform`).
-            env.setdefault("OPENBLAS_NUM_THREADS", "1")
-            # vLLM's sampler has a function that torch.compile turns into C++ at the first request
-            # for logprobs. Where there is no g++, as on many a laptop, the engine dies of it.
-            env.setdefault("TORCH_COMPILE_DISABLE", "1")
+            env = {"OMP_NUM_THREADS": str(threads(self.checkpoint)), **IN_ONE_PROCESS, **env,
+                   "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         return subprocess.Popen(
             [sys.executable, "-m", "helpers.serve_side.supervisor", str(os.getpid()),
              str(GRACE), str(self.log_path), *self.command(port)],

@@ -20,6 +20,23 @@ ENVIRONMENT = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 
+# With vLLM's flag `--distributed-executor-backend uni`, on a CPU: engine and worker in one process.
+IN_ONE_PROCESS = {
+    # vLLM 0.32's CPU platform turns `uni` back into `mp` unless this is off. An API server still
+    # runs its engine in a process of its own, and still notices its death.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # OpenMP's threads spin for milliseconds when they wait, against the API server and the
+    # notebook on a machine of few cores: 36 tokens/s, and 140 with this, on two busy ones.
+    "GOMP_SPINCOUNT": "1000",
+    # NumPy's OpenBLAS starts threads when it is imported, and with threads no process may be forked
+    # (`serve_side.cpu_platform`).
+    "OPENBLAS_NUM_THREADS": "1",
+    # vLLM's sampler has a function that torch.compile turns into C++ at the first request for
+    # logprobs. Where there is no g++, as on many a laptop, the engine dies of it.
+    "TORCH_COMPILE_DISABLE": "1",
+}
+
+
 def serve_python() -> Path:
     """The Python of this machine's serving environment: with a GPU, and without, another one."""
     where = folder()

@@ -35,6 +35,7 @@ from helpers import (
 )
 from helpers.checkpoint import Checkpoint
 from helpers.hardware import Machine, ServingMode
+from helpers.serving_env import IN_ONE_PROCESS
 
 MARLIN = "MarlinFP8ScaledMMLinearKernel"
 # A server with weights made up, and no text: Phi-4's size without Phi-4.
@@ -82,12 +83,13 @@ class Step:
     first: bool = False  # without it nothing else can be well
 
 
-def ask(script: str, *arguments: str, asked: str = "") -> tuple[dict, str]:
+def ask(script: str, *arguments: str, asked: str = "",
+        environment: dict[str, str] | None = None) -> tuple[dict, str]:
     """What a script of tests/serve_side answers in the serving environment, and its log."""
     done = subprocess.run(
         [serving.serve_python(), REPO / "tests" / "serve_side" / script, *arguments], cwd=REPO,
         input=asked, capture_output=True, text=True,
-        env=serving.environment() | {"PYTHONPATH": str(REPO)})
+        env={**serving.environment(), **(environment or {}), "PYTHONPATH": str(REPO)})
     log = done.stdout + done.stderr
     answers = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
     if done.returncode or len(answers) != 1:
@@ -143,6 +145,7 @@ def serve(here: Here, environment: dict[str, str]) -> str:
     """The bundled model in FP8, with the flags and the environment that a notebook gives it."""
     model = here.fp8()  # first: LLM Compressor leaves a CUDA context in this process
     flags, before = serving.default_flags(models.tiny(), here.mode), used(here)
+    nvcc = shutil.which("nvcc", path=environment.get("PATH")) is not None
     with serving.VllmServer(model, flags, env=environment) as server:
         answer = server.chat([{"role": "user", "content": course.first_question(models.tiny())}],
                              max_tokens=200)
@@ -164,7 +167,7 @@ def serve(here: Here, environment: dict[str, str]) -> str:
         if left > GIVEN_BACK:
             raise Failed(f"The server has ended, and {left / 1e9:.1f} GB of GPU memory have not "
                          f"come back. {gpu_memory.in_the_way(here.machine.gpus)}")
-    ledger.record("serve", "fp8", {"flags": flags, "toolkit": not environment},
+    ledger.record("serve", "fp8", {"flags": flags, "toolkit": nvcc},
                   {"startup_seconds": round(server.startup_seconds, 1), "bytes_held": held},
                   model=models.model_info(models.tiny()), mode=here.mode.key, kernel=server.kernel,
                   checkpoint=server.checkpoint.fingerprint)
@@ -196,7 +199,7 @@ def decode_at_full_size(here: Here) -> str:
     on_gpu = here.mode.device == "cuda"
     arms = models.arms(models.PHI4, here.machine) if on_gpu else ("bf16", "fp8")
     if not arms:
-        raise NotHere("Phi-4's weights do not fit this GPU, in FP8 neither.")
+        raise NotHere("Phi-4's weights do not fit this GPU, not even in FP8.")
     shared = models.gpus(models.PHI4, here.machine) if on_gpu else 1  # each reads its part
     limit = shared * roofline.read_bandwidth(here.machine).bytes_per_s
     copies = shared * roofline.measured_copy() if on_gpu else limit
@@ -238,7 +241,7 @@ def one_stream(here: Here, arm: str) -> tuple[float, str]:
     flags = serving.default_flags(profile, here.mode)
     seconds, log = ask("speed.py", asked=json.dumps({
         "flags": ["--model", str(model), *flags, *RANDOM], "work": {"decode": DECODE},
-        "rounds": ROUNDS}))
+        "rounds": ROUNDS}), environment=IN_ONE_PROCESS if "uni" in flags else {})
     median = sorted(seconds["decode"])[ROUNDS // 2]
     return DECODE[1] / median, server_log.selected_kernel(checkpoint.read_config(model), log)
 
@@ -250,20 +253,19 @@ def open_beside(here: Here) -> str:
     client = NotebookClient(nb, timeout=None, kernel_name="python3",
                             resources={"metadata": {"path": str(NOTEBOOKS)}},
                             extra_arguments=["--log-level=CRITICAL"])
+    before = used(here)
     with client.setup_kernel():
         try:
             for index, cell in enumerate(nb.cells):
                 client.execute_cell(cell, index)
         except (CellExecutionError, DeadKernelError) as error:
             raise Failed(f"{source.name} did not run to its end: {error}") from None
-        kernel = client.km.provisioner.pid
-        holds = [holder.nbytes or 0 for gpu in here.machine.gpus
-                 for holder in gpu_memory.holders(gpu) if holder.pid == kernel]
-        if sum(holds) > CONTEXT:
+        held = max(0, used(here) - before)  # NVML names no process within a container
+        if held > CONTEXT:
             raise Failed(f"{source.name} has freed its model, and its kernel still holds "
-                         f"{sum(holds) / 1e9:.1f} GB of GPU memory.")
+                         f"{held / 1e9:.1f} GB of GPU memory.")
         run_notebook(here, "05")
-    return f"05 has served beside 01's kernel, which holds {sum(holds) / 1e9:.1f} GB of GPU memory"
+    return f"05 has served beside 01's kernel, which holds {held / 1e9:.1f} GB of GPU memory"
 
 
 STEPS = (

@@ -50,8 +50,8 @@ def serving_environment() -> Path:
     if given := os.environ.get("SERVE"):
         return Path(given).resolve()
     env = environments.environments(gpu=True)[1]
-    if not environments.is_whole(env):
-        with locked(REPO):
+    with locked(REPO):
+        if not environments.is_whole(env):
             environments.require_disk(REPO, env.nbytes + environments.GB)
             say(f"{env.folder.name}: about {env.nbytes / environments.GB:.1f} GB on disk")
             uv, environ = environments.bootstrap_uv()
@@ -132,10 +132,13 @@ def ask_vllm(decision: dict, asked: list[dict], serve: Path, environ: dict,
         "NVML_STUB": decision["stub"], "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         **decision.get("variables", {}), **environ}
     with log.open("w") as out:
-        done = subprocess.run(
-            [serve / "bin" / "python", HERE / "in_vllm.py"], text=True, stdout=out, stderr=out,
-            input=json.dumps({"serves": asked, "answer": str(answer)}),
-            env=environ, cwd=REPO, timeout=LIMIT)
+        try:
+            done = subprocess.run(
+                [serve / "bin" / "python", HERE / "in_vllm.py"], text=True, stdout=out, stderr=out,
+                input=json.dumps({"serves": asked, "answer": str(answer)}),
+                env=environ, cwd=REPO, timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            return {"failed": f"no answer in {LIMIT} s ({log.relative_to(REPO)})"}
     if done.returncode or not answer.exists():
         said = [line for line in log.read_text().splitlines() if line.strip()]
         return {"failed": f"{said[-1] if said else 'nothing said'} ({log.relative_to(REPO)})"}
@@ -197,8 +200,8 @@ def made_from(decided: dict) -> dict[str, str]:
                 {name: {key: value for key, value in found.items()
                         if key not in ("stub", "note")}  # a note may speak of the environment
                  for name, found in decided["cases"].items()}, sort_keys=True),
-            "the rehearsal itself": "".join(
-                file.read_text() for file in sorted(HERE.glob("*.[cp]*")) if file.is_file())}
+            "the rehearsal itself": "".join(file.read_text() for file in (
+                Path(__file__), *sorted(HERE.glob("*.[cp]*"))) if file.is_file())}
     return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in what.items()}
 
 

@@ -56,7 +56,9 @@ def flags(phi4: course.Course, arms: dict[str, checkpoint.Checkpoint], arm: str)
         return own
     memory, gpus = models.memory(phi4.machine), models.gpus(phi4.profile, phi4.machine)
     weights = {each: checkpoint.total_bytes(model.tensors) / gpus for each, model in arms.items()}
-    share = min(SHARE, models.gpu_share(phi4.profile, phi4.machine))
+    # of the free memory `gpu_share` leaves one server's CONTEXT; each further one takes its own
+    more = (len(arms) - 1) * capacity.CONTEXT / memory
+    share = min(SHARE, models.gpu_share(phi4.profile, phi4.machine) - more)
     rest = (share * memory - sum(weights.values())) / len(arms)
     if rest < (least := capacity.REST + phi4.profile.kv_bytes / gpus):
         raise WorkbookError(f"This GPU does not hold {' and '.join(arms)}.",

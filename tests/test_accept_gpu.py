@@ -137,7 +137,7 @@ def test_all_steps_walked_on_a_cpu(here, monkeypatch):
     assert all(row["mode"] == here.mode.key for row in rows)
     assert all(row["kernel"] for row in rows if row["experiment"] in ("serve", "throughput"))
     toolkits = [row["work"]["toolkit"] for row in rows if "toolkit" in row["work"]]
-    assert toolkits == [True, False]
+    assert toolkits == [shutil.which("nvcc") is not None, False]
     speeds = [row["metrics"] for row in rows if "share_of_roofline" in row["metrics"]]
     assert len(speeds) == 2 and all(0 < each["share_of_roofline"] < 1 for each in speeds)
 

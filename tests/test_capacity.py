@@ -164,6 +164,9 @@ def test_two_equal_cards_of_24_gb_serve_both_arms_each_over_both():
     assert "left" in ask_vllm([half])[0]
     server = serving.VllmServer(models.tiny().checkpoint, served(models.PHI4, *cards))
     assert server.gpus == 2
+    assert models.PHI4.bf16_bytes < models.for_weights(where) < 2 * 24576 * MIB
+    with pytest.raises(WorkbookError, match=r"needs 10\.9 GB .* each of two GPUs has 8\.6 GB"):
+        models.choose(machine(*[gpu(8192 * MIB, index=index) for index in range(2)]), "phi-4")
 
 
 @pytest.mark.parametrize("gpus", [
@@ -172,6 +175,7 @@ def test_two_equal_cards_of_24_gb_serve_both_arms_each_over_both():
 def test_unequal_cards_share_nothing(gpus):
     assert models.arms(models.PHI4, machine(*gpus)) == ("fp8",)
     assert flag(served(models.PHI4, *gpus), "--tensor-parallel-size") is None
+    assert models.for_weights(machine(*gpus)) == models.for_weights(machine(gpu(24576 * MIB)))
 
 
 def test_a_model_that_does_not_divide_by_two_stays_on_one():

@@ -16,6 +16,7 @@ from conftest import REPO
 from helpers import (
     WorkbookError,
     address,
+    capacity,
     client,
     course,
     evaluation,
@@ -185,6 +186,18 @@ def test_on_one_gpu_each_server_gets_its_weights_and_half_of_the_rest():
     with pytest.raises(WorkbookError, match="does not hold bf16 and fp8") as said:
         serve.flags(fake("cuda", 48 * GB), arms, "fp8")
     assert said.value.remedy == "Serve one: ARMS=fp8."
+
+
+def test_two_servers_fit_what_others_leave_of_a_gpu():
+    """The second looks at what is free when the first has taken its share, and both a context."""
+    size, used = 80 * GB, 12 * GB
+    phi4 = fake("cuda", size)
+    phi4.machine = replace(phi4.machine, gpus=tuple(
+        replace(gpu, free_bytes=size - used) for gpu in phi4.machine.gpus))
+    arms = {"bf16": model(29 * GB), "fp8": model(16 * GB)}
+    bf16, fp8 = (share(serve.flags(phi4, arms, arm)) * size for arm in arms)
+    assert fp8 <= size - used - (bf16 + capacity.CONTEXT) - capacity.CONTEXT + 0.001 * size
+    assert bf16 + fp8 > 0.9 * (size - used)  # and leave no more than they must
 
 
 def test_a_cpu_without_the_memory_says_so(monkeypatch, tiny_base):

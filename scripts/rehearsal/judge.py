@@ -2,6 +2,8 @@
 
 from rehearsal.cases import Case
 
+from helpers import arm_names
+
 # The kernel that the documentation of a mode promises, for the four Linears of a layer.
 PROMISED = {"gpu-w8a8": "CutlassFP8ScaledMMLinearKernel",
             "gpu-w8a16": "MarlinFP8ScaledMMLinearKernel"}
@@ -33,8 +35,9 @@ def judge(case: Case, decision: dict, answer: dict, with_toolkit: dict | None) -
         faults += _of_arm(serve, decision)
     for serve in with_toolkit["serves"] if with_toolkit and "failed" not in with_toolkit else ():
         same = next(each for each in answer["serves"] if each["name"] == serve["name"])
-        faults += [f"with a CUDA toolkit {serve['name']} gets another {what}: {serve.get(what)}"
-                   for what in ("kernels",) if serve.get(what) != same.get(what)]
+        if serve.get("kernels") != same.get("kernels"):
+            faults.append(f"with a CUDA toolkit {serve['name']} gets other kernels: "
+                          f"{serve.get('kernels')}")
         faults += _gates(serve, with_toolkit=True)
     if with_toolkit and "failed" in with_toolkit:
         faults.append(f"with a CUDA toolkit vLLM's process ended: {with_toolkit['failed']}")
@@ -130,6 +133,5 @@ def _verdict(decision: dict, served: dict) -> str:
     if not served:
         return "the CPU's environments"
     if "refused" in served["bf16"]:
-        sixteen = "fp16" if decision["dtype"] == "float16" else "bf16"
-        return f"as in vLLM, which refuses {sixteen}"
+        return f"as in vLLM, which refuses {arm_names.sixteen_bits(decision['dtype'])}"
     return "as in vLLM"

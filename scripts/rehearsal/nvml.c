@@ -1,6 +1,6 @@
 /* A libnvidia-ml.so.1 whose GPUs stand in a text file, named by the variable NVML_STUB.
  *
- * Lines, their fields apart by tabs (nvml_stub.py writes them):
+ * Lines, their fields apart by tabs (cases.Case.described writes them):
  *   driver   VERSION  CUDA            CUDA as NVML counts it: 1000 major + 10 minor
  *   gpu      NAME  UUID  TOTAL  USED  MAJOR  MINOR  MIG  ENERGY
  *            bytes; MIG: 0 off, 1 on, -1 the GPU has none; ENERGY: millijoules, -1 not counted

@@ -1,5 +1,6 @@
 """The stand-ins for the driver's libraries, and the PATH of a machine without a CUDA toolkit."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -29,10 +30,11 @@ def programs(folder: Path) -> Path:
     """A folder with this machine's programs, those of `TOOLKIT` left out; returns it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for place in map(Path, os.get_exec_path()):
-        for program in place.iterdir() if place.is_dir() else ():
-            if program.name not in TOOLKIT and not (folder / program.name).is_symlink():
-                (folder / program.name).symlink_to(program.absolute())
+    for place in map(os.path.abspath, os.get_exec_path()):
+        with contextlib.suppress(OSError):  # a folder that is not there, or not to be read
+            for name in os.listdir(place):
+                if name not in TOOLKIT and not (folder / name).is_symlink():
+                    (folder / name).symlink_to(os.path.join(place, name))
     return folder
 
 
