@@ -111,6 +111,9 @@ def test_the_errors_are_the_prototypes():
     assert table["slow"].tolist() == pytest.approx([1.2e-4, 1.2e-4], rel=0.1)
     assert table["quantization"].between(3.5e-2, 4e-2).all()
     assert (table["float32"] < 1e-6).all()
+    again = accumulation.errors((256,), rows=32, seeds=2, repeat=20).loc[256]  # K of 5,120, too
+    assert again["quantization"] == pytest.approx(table.loc[256, "quantization"], rel=1e-6)
+    assert again["fast"] > 3 * table.loc[5120, "fast"]
 
 
 def test_inside_the_model_exact_sums_are_w8a8(tiny):
