@@ -32,6 +32,7 @@ FORMATS = (
     Format("INT8 per channel", "int8"),
     Format("INT8 per tensor", "int8", "tensor", "tensor"),
 )
+DRAWS = 3  # of other scales, `moved`
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,19 @@ def texts(tokenizer: PreTrainedTokenizerBase, count: int = 100,
     return ablation.encoded(tokenizer, rows)
 
 
-def stored(weight: Tensor, format: Format) -> Tensor:
+def stored(weight: Tensor, format: Format, factor: Tensor | float = 1.0) -> Tensor:
     """A weight [out, in] as LLM Compressor would store it in a bf16 checkpoint, scaled back.
 
     The scale is amax / largest rounded to bf16, and so is the quotient that is then rounded to the
     grid: compressed-tensors computes both in the weight's own type. Returns float32. For
-    `RECIPE` this is the FP8_DYNAMIC checkpoint's own weight, to the bit.
+    `RECIPE` this is the FP8_DYNAMIC checkpoint's own weight, to the bit. `factor`, [out, 1] or one
+    for all, makes the scales larger, as `moved` needs them.
     """
     import torch
 
     weight = weight.to(torch.bfloat16)
     largest = ablation.LARGEST[format.grid]
-    scale = (ablation.amax(weight, format.weights).float() / largest).to(torch.bfloat16)
+    scale = (factor * ablation.amax(weight, format.weights).float() / largest).to(torch.bfloat16)
     scale = scale.clamp_min(ablation.TINY)
     codes = ablation.rounded((weight / scale).float(), format.grid, scale=1.0)
     return codes * scale.float()
@@ -91,6 +93,24 @@ def quantized(model: PreTrainedModel, format: Format, activations: bool = True,
     return ablation.applied(model, ablation.targets(model) + list(more),
                             lambda _, weight: stored(weight, format),
                             activation if activations else None)
+
+
+def moved(model: PreTrainedModel, draw: int):
+    """The recipe's W8A8 with other scales: each channel's 1 to 2 times as large, drawn at random.
+
+    E4M3 bears it, for its relative step stays, so such arms differ by the luck of rounding alone:
+    which weights happen to lie near a number of the grid. The intervals over texts do not cover
+    that luck. `draw`: the seed.
+    """
+    import torch
+
+    random = torch.Generator().manual_seed(draw)
+
+    def weight(_, values):
+        return stored(values, RECIPE, 2 ** torch.rand(len(values), 1, generator=random))
+
+    return ablation.applied(model, ablation.targets(model), weight,
+                            lambda _, x: ablation.rounded(x, RECIPE.grid, RECIPE.activations))
 
 
 def static_scales(model: PreTrainedModel, texts: list[Tensor],
@@ -189,8 +209,10 @@ def table(losses: Losses, against: str = RECIPE.name) -> DataFrame:
 
 
 def format_arms(model: PreTrainedModel) -> dict[str, Callable]:
-    """W8A8 in every format."""
-    return {form.name: lambda form=form: quantized(model, form) for form in FORMATS}
+    """W8A8 in every format, and the recipe's with other scales."""
+    return {form.name: lambda form=form: quantized(model, form) for form in FORMATS} | {
+        f"E4M3, other scales {draw}": lambda draw=draw: moved(model, draw)
+        for draw in range(1, DRAWS + 1)}
 
 
 def activation_arms(model: PreTrainedModel,
