@@ -4,8 +4,6 @@ vLLM's Triton kernels for a GPU are started by a small C module, which Triton co
 against Python.h. On a CPU nothing is compiled.
 """
 
-from __future__ import annotations  # make doctor imports this on an old Python
-
 import os
 import shutil
 import subprocess
@@ -32,13 +30,12 @@ def include_folder() -> str:
     return sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
 
 
-def fault(include: str = "") -> str:
+def fault() -> str:
     """Why Triton cannot compile, and what to install; "" where a trial with Python.h succeeds.
 
-    `include`: the folder of the headers, by default that of the Python that runs this, which is the
-    one that the environments are made with.
+    The headers are those of the Python that runs this, which the environments are made with.
     """
-    compiler, include = found(), include or include_folder()
+    compiler, include = found(), include_folder()
     if not compiler and os.environ.get("CC") is not None:
         return (f"CC is {os.environ['CC']!r}, which is no program, and Triton compiles with it: "
                 "unset CC, or let it name a C compiler alone, without arguments")

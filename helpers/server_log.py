@@ -59,7 +59,7 @@ _PHASES = (
 
 
 def phase(log: str) -> str:
-    """What vLLM is doing: what the last sentence of the log that tells says."""
+    """What vLLM is doing: the phase of the last line that `_PHASES` knows."""
     at, doing = max((log.rfind(said), doing) for said, doing in _PHASES)
     return doing if at >= 0 else "importing"
 
