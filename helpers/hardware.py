@@ -124,10 +124,9 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
     if slices and len(seen) > 1:
         seen = slices[:1]
         notes.append(f"of MIG slices CUDA uses one at a time, here the first: {seen[0].name}")
-    if len({(gpu.name, gpu.memory_bytes) for gpu in seen}) > 1:
-        best = max(seen, key=lambda g: (g.compute_capability, g.memory_bytes))
-        notes.append(f"the GPUs differ, and this plan is for the {best.name}: set CUDA_DEVICE_ORDER"
-                     f"=PCI_BUS_ID and CUDA_VISIBLE_DEVICES={best.index} so that vLLM takes it")
+    if len(seen) > len(_equal(seen)):
+        notes.append(f"the GPUs differ, and this plan is for the {_best(seen).name}, the only one "
+                     "that vLLM is shown")
     return seen, "; ".join(notes)
 
 
@@ -191,14 +190,15 @@ def dotted(version: tuple[int, int]) -> str:
 
 
 def energy_joules(count: int = 1) -> float | None:
-    """The energy that the first `count` visible GPUs used since their driver was loaded, in joules.
+    """The energy that the `count` GPUs of a server used since their driver was loaded, in joules.
 
-    None where there is no GPU, or where NVML does not tell, for whatever reason: under WSL2 it has
-    no counter. Source: `nvmlDeviceGetTotalEnergyConsumption` (millijoules, Volta and newer).
+    They are the first of the visible ones, or, where those differ, the best one alone. None where
+    there is no GPU, or where NVML does not tell, for whatever reason: under WSL2 it has no counter.
+    Source: `nvmlDeviceGetTotalEnergyConsumption` (millijoules, Volta and newer).
     """
     import pynvml
 
-    indices = [gpu.index for gpu in _gpus()[0][:count]]
+    indices = [gpu.index for gpu in _equal(_gpus()[0])[:count]]
     if not indices:
         return None
     try:
@@ -267,13 +267,34 @@ def available_ram() -> int:
 
 def best_gpu(machine: Machine) -> Gpu:
     """The GPU of newest compute capability, and among those the one with most memory."""
-    return max(machine.gpus, key=lambda g: (g.compute_capability, g.memory_bytes))
+    return _best(machine.gpus)
 
 
 def equal_gpus(machine: Machine) -> tuple[Gpu, ...]:
     """The GPUs that may share a model: all, where they are equal, else the best one alone."""
-    kinds = {(gpu.name, gpu.memory_bytes) for gpu in machine.gpus}
-    return machine.gpus if len(kinds) == 1 else (best_gpu(machine),)
+    return _equal(machine.gpus)
+
+
+def _best(gpus: Sequence[Gpu]) -> Gpu:
+    return max(gpus, key=lambda gpu: (gpu.compute_capability, gpu.memory_bytes))
+
+
+def _equal(gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
+    kinds = {(gpu.name, gpu.memory_bytes) for gpu in gpus}
+    return gpus if len(kinds) < 2 else (_best(gpus),)
+
+
+def cuda_variables(machine: Machine) -> dict[str, str]:
+    """What shows CUDA the GPUs that the plan is for; empty where it sees just those by itself.
+
+    Of GPUs that differ it is the best alone: vLLM would ask NVML about the first one on the bus,
+    and CUDA compute on the fastest. A number in a reader's own CUDA_VISIBLE_DEVICES is NVML's here,
+    in the order of the bus; CUDA by itself counts from the fastest.
+    """
+    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    if len(machine.gpus) > len(equal_gpus(machine)):
+        return order | {"CUDA_VISIBLE_DEVICES": str(best_gpu(machine).index)}
+    return order if machine.gpus and "CUDA_VISIBLE_DEVICES" in os.environ else {}
 
 
 def serving_mode(machine: Machine) -> ServingMode:

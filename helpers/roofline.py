@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -315,19 +316,21 @@ def measured_copy(device: str = "cuda") -> float:
     """Bytes/s, read and written, of 1 GiB copies in a device's memory, median of 7.
 
     In a process of its own: neither the copies nor the CUDA context that torch would make, some
-    hundred MB, stay with this one. Raises `WorkbookError` where it cannot be measured.
+    hundred MB, stay with this one; and it is shown the GPU that servers are shown. Raises
+    `WorkbookError` where it cannot be measured.
     """
+    machine = hardware.detect()
     ran = subprocess.run(
         [sys.executable, "-c", f"from helpers import roofline; print(roofline._copy({device!r}))"],
-        cwd=workspace.repo(), capture_output=True, text=True)
+        cwd=workspace.repo(), capture_output=True, text=True,
+        env=os.environ | hardware.cuda_variables(machine))
     if ran.returncode:
         from helpers import gpu_memory  # needs psutil, and the doctor reads this module without
 
         raise WorkbookError(
             "The speed of the GPU's memory could not be measured.",
             f"A copy of 1 GiB in it failed: {ran.stderr.strip().rpartition(chr(10))[2]}",
-            f"{gpu_memory.in_the_way(hardware.detect().gpus)} Free 3 GB of it, and run this again."
-            .strip())
+            f"{gpu_memory.in_the_way(machine.gpus)} Free 3 GB of it, and run this again.".strip())
     return float(ran.stdout)
 
 

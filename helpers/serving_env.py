@@ -59,16 +59,12 @@ def environment() -> dict[str, str]:
     """What a process in the serving environment gets: this process's variables, and ours.
 
     Without proxies; with the environment's own programs first on the PATH, since FlashInfer, say,
-    calls `ninja` by its name. Of GPUs that differ it is shown the best alone, which the plan is
-    for: vLLM would ask NVML about the first one on the bus, and CUDA compute on the fastest. A user
-    whom the system does not know, as in a container that runs as any uid, gets a home in the
+    calls `ninja` by its name; and with the GPUs that the plan is for (`hardware.cuda_variables`). A
+    user whom the system does not know, as in a container that runs as any uid, gets a home in the
     workspace: vLLM would otherwise make a folder called ~ where it runs.
     """
-    own = client.without_proxies(os.environ) | ENVIRONMENT
-    machine = hardware.detect()
-    if machine.gpus and len(machine.gpus) > len(hardware.equal_gpus(machine)):
-        own |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-                "CUDA_VISIBLE_DEVICES": str(hardware.best_gpu(machine).index)}
+    own = (client.without_proxies(os.environ) | ENVIRONMENT
+           | hardware.cuda_variables(hardware.detect()))
     own["PATH"] = os.pathsep.join([str(folder() / "bin"), own.get("PATH") or os.defpath])
     try:
         pwd.getpwuid(os.getuid())

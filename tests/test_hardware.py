@@ -119,8 +119,8 @@ def test_gpus_as_nvml_tells_them(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found = hardware.detect()
     assert [g.name for g in found.gpus] == [cards[0][0], cards[1][0]]
-    assert "this plan is for the NVIDIA H100 80GB HBM3" in found.note
-    assert "CUDA_VISIBLE_DEVICES=0" in found.note
+    assert found.note == ("the GPUs differ, and this plan is for the NVIDIA H100 80GB HBM3, the "
+                          "only one that vLLM is shown")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bb")
     found = hardware.detect()
     assert found.gpus == (t4,) and "hides 1 GPU" in found.note
@@ -130,9 +130,25 @@ def test_gpus_as_nvml_tells_them(monkeypatch):
     found = hardware.detect()
     assert found.gpus == () and "hides 2 GPU" in found.note
     assert hardware.energy_joules() is None
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert (hardware.energy_joules(), hardware.energy_joules(2)) == (5, 12.5)
     assert hardware.serving_mode(found).device == "cpu"
+
+
+@pytest.mark.parametrize("cards, one, two", [
+    (("T4", "A40"), 9, 9), (("A40", "T4"), 9, 9), (("A40", "A40"), 9, 18)])
+def test_the_energy_is_of_the_gpus_that_serve(monkeypatch, cards, one, two):
+    """The T4 has used 1 kJ, an A40 9 kJ: where they differ, the A40 alone serves."""
+    import pynvml
+
+    kinds = {"T4": ("Tesla T4", (7, 5), 16), "A40": ("NVIDIA A40", (8, 6), 48)}
+    found = tuple(gpu(*kinds[name], index) for index, name in enumerate(cards))
+    monkeypatch.setattr(hardware, "_gpus", lambda: (found, ""))
+    for name, answer in {
+            "nvmlInit": lambda: None, "nvmlShutdown": lambda: None,
+            "nvmlDeviceGetHandleByIndex": lambda index: index,
+            "nvmlDeviceGetTotalEnergyConsumption":
+                lambda index: {"T4": 1_000_000, "A40": 9_000_000}[cards[index]]}.items():
+        monkeypatch.setattr(pynvml, name, answer)
+    assert (hardware.energy_joules(1), hardware.energy_joules(2)) == (one * 1000, two * 1000)
 
 
 def test_a_gpu_in_mig_slices_is_its_slices(monkeypatch):

@@ -3,9 +3,10 @@
 import os
 import subprocess
 
+import pytest
 from conftest import REPO
 
-from helpers import serving, serving_env
+from helpers import hardware, roofline, serving, serving_env
 
 # vLLM's own gate, on the platform told that it is CUDA: "no", or what it asks next.
 GATE = """
@@ -59,3 +60,37 @@ def test_a_servers_process_gets_both(tiny_base, tmp_workspace, monkeypatch):
     variables = dict(line.split("=", 1) for line in told.read_text().splitlines() if "=" in line)
     assert variables["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
     assert variables["PATH"].startswith(f"{serving_env.folder()}/bin:")
+
+
+T4 = hardware.Gpu(0, "Tesla T4", 16_106_127_360, (7, 5), "580")
+A40 = hardware.Gpu(1, "NVIDIA A40", 48_305_799_168, (8, 6), "580")
+IN_THE_ORDER_OF_THE_BUS = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+@pytest.mark.parametrize("gpus, setting, variables", [
+    ((A40,), None, {}), ((), "", {"CUDA_VISIBLE_DEVICES": ""}),
+    ((A40,), "1", IN_THE_ORDER_OF_THE_BUS | {"CUDA_VISIBLE_DEVICES": "1"}),
+    ((T4, A40), "0,1", IN_THE_ORDER_OF_THE_BUS | {"CUDA_VISIBLE_DEVICES": "1"}),
+    ((T4, A40), None, IN_THE_ORDER_OF_THE_BUS | {"CUDA_VISIBLE_DEVICES": "1"})])
+def test_cuda_counts_gpus_as_the_plan_does(monkeypatch, gpus, setting, variables):
+    """By itself CUDA counts from the fastest, and a reader's 1 would be another GPU than NVML's."""
+    for name in ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    if setting is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
+    monkeypatch.setattr(hardware, "_gpus", lambda: (gpus, ""))
+    own = serving.environment()
+    assert {name: value for name, value in own.items() if name.startswith("CUDA_")} == variables
+
+
+def test_memory_is_measured_on_the_gpu_that_servers_are_shown(monkeypatch):
+    shown = {}
+
+    def ran(command, env, **more):
+        shown.update(env)
+        return subprocess.CompletedProcess(command, 0, "6e11\n", "")
+
+    monkeypatch.setattr(hardware, "_gpus", lambda: ((T4, A40), ""))
+    monkeypatch.setattr(roofline.subprocess, "run", ran)
+    assert roofline.measured_copy() == 6e11
+    assert (shown["CUDA_DEVICE_ORDER"], shown["CUDA_VISIBLE_DEVICES"]) == ("PCI_BUS_ID", "1")
