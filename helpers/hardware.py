@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from helpers import cpu
+from helpers import cpu, visible_gpus
 
 REPO = Path(__file__).resolve().parent.parent
 GB = 10**9
@@ -96,29 +96,27 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
         if _nvidia_on_pci_bus():
             return (), f"an NVIDIA GPU is in this machine, but its driver does not answer ({error})"
         return (), ""
-    gpus, uuids = [], []
+    uuids, gpus, notes = [], [], []
     try:
         driver = pynvml.nvmlSystemGetDriverVersion()
         version = pynvml.nvmlSystemGetCudaDriverVersion()  # 1000 major + 10 minor
-        cuda = version // 1000, version % 1000 // 10
-        devices = [pynvml.nvmlDeviceGetHandleByIndex(i)
-                   for i in range(pynvml.nvmlDeviceGetCount())]
-        for index, device in enumerate(devices):
-            capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(device))
-            # Of a GPU cut into MIG slices, CUDA sees the slices, each with its part of the memory.
-            for part in _mig_slices(device) or [device]:
-                memory = pynvml.nvmlDeviceGetMemoryInfo(part)
-                gpus.append(Gpu(index, pynvml.nvmlDeviceGetName(part), memory.total, capability,
-                                driver, cuda, memory.free))
-                uuids.append(pynvml.nvmlDeviceGetUUID(part))
-    except pynvml.NVMLError as error:  # a GPU that has fallen off its bus, or shares the RAM
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            try:
+                found = _described(index, driver, (version // 1000, version % 1000 // 10))
+            except pynvml.NVMLError as error:  # fallen off its bus, or it shares the RAM
+                notes.append(f"GPU {index} is left out: NVML does not describe it ({error})")
+            else:
+                uuids += [uuid for uuid, _ in found]
+                gpus += [gpu for _, gpu in found]
+    except pynvml.NVMLError as error:
         return (), f"an NVIDIA GPU is in this machine, but NVML does not describe it ({error})"
     finally:
         pynvml.nvmlShutdown()
     setting = os.environ.get("CUDA_VISIBLE_DEVICES")
-    indices = visible(uuids, setting)
+    indices = visible_gpus.indices(uuids, setting)
     seen, hidden = tuple(gpus[i] for i in indices), len(gpus) - len(indices)
-    notes = [f"CUDA_VISIBLE_DEVICES={setting!r} hides {hidden} GPU(s)"] if hidden else []
+    if hidden:
+        notes.append(f"CUDA_VISIBLE_DEVICES={setting!r} hides {hidden} GPU(s)")
     # NVIDIA, Multi-Instance GPU User Guide, "CUDA Device Enumeration": a process gets one slice.
     slices = tuple(gpus[i] for i in indices if uuids[i].startswith("MIG-"))
     if slices and len(seen) > 1:
@@ -128,6 +126,24 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
         notes.append(f"the GPUs differ, and this plan is for the {_best(seen).name}, the only one "
                      "that vLLM is shown")
     return seen, "; ".join(notes)
+
+
+def _described(index: int, driver: str, cuda: tuple[int, int]) -> list[tuple[str, Gpu]]:
+    """What CUDA sees of NVML's GPU of this index, each with its UUID; raises NVML's errors.
+
+    Of a GPU cut into MIG slices it is the slices, each with its part of the memory.
+    """
+    import pynvml
+
+    device = pynvml.nvmlDeviceGetHandleByIndex(index)
+    capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(device))
+    found = []
+    for part in _mig_slices(device) or [device]:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(part)
+        found.append((pynvml.nvmlDeviceGetUUID(part), Gpu(
+            index, pynvml.nvmlDeviceGetName(part), memory.total, capability, driver, cuda,
+            memory.free)))
+    return found
 
 
 def _mig_slices(device) -> list:
@@ -210,25 +226,6 @@ def energy_joules(count: int = 1) -> float | None:
     finally:
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
-
-
-def visible(uuids: Sequence[str], setting: str | None) -> list[int]:
-    """The indices of the GPUs that a value of CUDA_VISIBLE_DEVICES leaves visible, in its order.
-
-    Entries are indices or beginnings of UUIDs; as in CUDA, what follows an invalid one is ignored.
-    """
-    if setting is None:
-        return list(range(len(uuids)))
-    chosen: list[int] = []
-    for entry in (part.strip() for part in setting.split(",")):
-        if entry.isdecimal():
-            matches = [int(entry)] if int(entry) < len(uuids) else []
-        else:
-            matches = [i for i, uuid in enumerate(uuids) if entry and uuid.startswith(entry)]
-        if len(matches) != 1:
-            break
-        chosen += matches
-    return chosen
 
 
 def _nvidia_on_pci_bus() -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from helpers import hardware  # noqa: E402  (this module of it imports nothing that is installed)
+from helpers import hardware, visible_gpus  # noqa: E402  (they import nothing that is installed)
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,16 @@ def driver() -> Driver | None:
         return None
     try:
         version, cuda = ctypes.create_string_buffer(80), ctypes.c_int()
-        _answers(nvml, "nvmlSystemGetDriverVersion", version, 80)
-        _answers(nvml, "nvmlSystemGetCudaDriverVersion", ctypes.byref(cuda))  # 1000 major, 10 minor
+        if not (_answers(nvml, "nvmlSystemGetDriverVersion", version, 80)
+                and _answers(nvml, "nvmlSystemGetCudaDriverVersion", ctypes.byref(cuda))):
+            return None
         found = _devices(nvml)
     finally:
         nvml.nvmlShutdown()
-    shown = hardware.visible([uuid for uuid, _ in found], os.environ.get("CUDA_VISIBLE_DEVICES"))
-    return Driver(version.value.decode(), (cuda.value // 1000, cuda.value % 1000 // 10),
+    shown = visible_gpus.indices([uuid for uuid, _ in found],
+                                 os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return Driver(version.value.decode(),
+                  (cuda.value // 1000, cuda.value % 1000 // 10),  # 1000 major + 10 minor
                   max((found[index][1] for index in shown), default=(0, 0)))
 
 
@@ -60,14 +63,26 @@ def _devices(nvml) -> list[tuple[str, tuple[int, int]]]:
     count, found = ctypes.c_uint(), []
     _answers(nvml, "nvmlDeviceGetCount_v2", ctypes.byref(count))
     for index in range(count.value):
-        device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
-        _answers(nvml, "nvmlDeviceGetHandleByIndex_v2", index, ctypes.byref(device))
-        _answers(nvml, "nvmlDeviceGetCudaComputeCapability", device, ctypes.byref(major),
-                 ctypes.byref(minor))
-        for part in _mig_slices(nvml, device) or [device]:
-            uuid = ctypes.create_string_buffer(96)
-            _answers(nvml, "nvmlDeviceGetUUID", part, uuid, 96)
-            found.append((uuid.value.decode(), (major.value, minor.value)))
+        found += _described(nvml, index)
+    return found
+
+
+def _described(nvml, index: int) -> list[tuple[str, tuple[int, int]]]:
+    """What `_devices` says of one GPU; nothing of one that NVML does not describe to the helpers.
+
+    Such as one that has fallen off its bus, or one that shares the RAM.
+    """
+    device, major, minor, found = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int(), []
+    if not (_answers(nvml, "nvmlDeviceGetHandleByIndex_v2", index, ctypes.byref(device))
+            and _answers(nvml, "nvmlDeviceGetCudaComputeCapability", device, ctypes.byref(major),
+                         ctypes.byref(minor))):
+        return []
+    for part in _mig_slices(nvml, device) or [device]:
+        uuid, memory = ctypes.create_string_buffer(96), (ctypes.c_ulonglong * 3)()
+        if not (_answers(nvml, "nvmlDeviceGetMemoryInfo", part, memory)
+                and _answers(nvml, "nvmlDeviceGetUUID", part, uuid, 96)):
+            return []
+        found.append((uuid.value.decode(), (major.value, minor.value)))
     return found
 
 

@@ -15,6 +15,7 @@ import pytest
 from conftest import REPO
 from nvml_library import L4, OLD, SLICED
 from one_set_up import SetupError
+from rehearsal import stand_in
 
 from helpers import compiler, hardware
 
@@ -56,6 +57,36 @@ def test_set_up_and_helpers_see_the_same_gpu(tmp_path, gpus, shown, usable):
     assert found["serving"] == (".venv-serve-gpu" if usable else ".venv-serve")
     for each in found["gpus"]:
         assert each == found["driver"] == ["580.95.05", [13, 0]]
+
+
+LOST = """
+#define nvmlDeviceGetHandleByIndex_v2 handle_of_any
+#define nvmlDeviceGetMemoryInfo memory_of_any
+#include "{source}"
+#undef nvmlDeviceGetHandleByIndex_v2
+#undef nvmlDeviceGetMemoryInfo
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, Handle *to) {{
+    return {lost} && index == 0 ? 15 : handle_of_any(index, to); /* NVML_ERROR_GPU_IS_LOST */
+}}
+int nvmlDeviceGetMemoryInfo(Handle d, unsigned long long *to) {{
+    return !{lost} && d->index == 0 ? NOT_SUPPORTED : memory_of_any(d, to);
+}}
+"""
+
+
+@pytest.mark.parametrize("lost", [1, 0], ids=["lost", "shares the RAM"])
+@pytest.mark.parametrize(("gpus", "usable"), [((L4, L4), True), ((L4, OLD), False), ((L4,), False)])
+def test_set_up_and_helpers_leave_out_the_same_gpu(tmp_path, gpus, usable, lost):
+    """The first one, which NVML counts and does not describe; those beside it stay."""
+    environ = nvml_library.compiled(tmp_path, gpus)
+    source = tmp_path / "lost.c"
+    source.write_text(LOST.format(source=stand_in.HERE / "nvml.c", lost=lost))
+    library = Path(environ["LD_LIBRARY_PATH"]) / "libnvidia-ml.so.1"
+    subprocess.run([compiler.found(), "-shared", "-fPIC", "-o", library, source], check=True)
+    found = ask(environ)
+    assert found["usable"] is usable and len(found["gpus"]) == len(gpus) - 1
+    assert found["device"] == ("cuda" if usable else "cpu")
+    assert found["serving"] == (".venv-serve-gpu" if usable else ".venv-serve")
 
 
 def test_without_a_driver_nothing_is_said_of_one(monkeypatch):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import environments
 import pytest
 
-from helpers import compiler, cpu, hardware, preflight, serving
+from helpers import compiler, cpu, hardware, preflight, serving, visible_gpus
 from helpers.hardware import Gpu, Machine
 
 # Name, compute capability (NVIDIA's table of CUDA GPUs), memory in GB, the mode it gets.
@@ -90,7 +90,7 @@ def test_the_best_of_several_gpus_decides():
     ("none", []), (" 1 , 2 ", [1, 2]),
 ])
 def test_cuda_visible_devices_as_cuda_reads_it(setting, seen):
-    assert hardware.visible(["GPU-aa11", "GPU-bb22", "GPU-cc33"], setting) == seen
+    assert visible_gpus.indices(["GPU-aa11", "GPU-bb22", "GPU-cc33"], setting) == seen
 
 
 def test_gpus_as_nvml_tells_them(monkeypatch):
@@ -220,6 +220,31 @@ def test_a_gpu_that_nvml_does_not_describe_is_a_sentence(monkeypatch):
     found = hardware.detect()
     assert found.gpus == () and "NVML does not describe it" in found.note
     assert hardware.serving_mode(found).device == "cpu"
+
+
+def test_a_lost_gpu_takes_no_other_with_it(monkeypatch):
+    """Its handle is refused; the ones beside it still describe themselves."""
+    import pynvml
+
+    def handle(index):
+        if index == 0:
+            raise pynvml.NVMLError_GpuIsLost()
+        return index
+
+    memory = SimpleNamespace(total=23_609_737_216, free=23_000_000_000)
+    for name, answer in {
+            "nvmlInit": lambda: None, "nvmlShutdown": lambda: None,
+            "nvmlSystemGetDriverVersion": lambda: "580.95.05",
+            "nvmlSystemGetCudaDriverVersion": lambda: 13000, "nvmlDeviceGetCount": lambda: 2,
+            "nvmlDeviceGetHandleByIndex": handle, "nvmlDeviceGetMigMode": lambda _: [0, 0],
+            "nvmlDeviceGetCudaComputeCapability": lambda _: [8, 9],
+            "nvmlDeviceGetMemoryInfo": lambda _: memory, "nvmlDeviceGetName": lambda _: "NVIDIA L4",
+            "nvmlDeviceGetUUID": lambda index: f"GPU-{index}"}.items():
+        monkeypatch.setattr(pynvml, name, answer)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = hardware.detect()
+    assert [(each.index, each.name) for each in found.gpus] == [(1, "NVIDIA L4")]
+    assert "GPU 0 is left out: NVML does not describe it (GPU is lost)" in found.note
 
 
 MEMORY_STAT = "cache 600\n{} 400\nactive_file 200\n"
