@@ -17,7 +17,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
-from helpers import cpu  # noqa: E402  (with `helpers` itself, this runs on Python 3.8)
+from helpers import cpu, visible_gpus  # noqa: E402  (with `helpers`, they run on Python 3.8)
 
 PYTHONS = ("3.13", "3.12", "3.11")
 GB = 10**9
@@ -34,7 +34,7 @@ OLDEST = (7, 5)  # helpers.hardware.W8A16_CAPABILITY
 ELSEWHERE = "use GitHub Codespaces, a hub, WSL 2 or a cloud machine (workshop/README.md)"
 
 Finding = namedtuple("Finding", "ok name detail short")  # short: its part of the instructor's line
-Gpu = namedtuple("Gpu", "name memory_bytes capability driver")
+Gpu = namedtuple("Gpu", "name memory_bytes capability driver uuid")
 
 
 def system() -> Finding:
@@ -206,26 +206,48 @@ def processor(model: str, features) -> Finding:
 def compilation(command) -> Finding:
     """For a GPU: whether Triton can compile with the Python that will run vLLM, its `command`."""
     asked = (f"import sys; sys.path[0] = {str(REPO)!r}; from helpers import compiler; "
-             "print(compiler.fault())")
-    missing = _run([command, "-c", asked])
-    return Finding(not missing, "C compiler", missing or "there, with Python's headers",
-                   "no compiler or headers" if missing else "")
+             "print(compiler.fault() or 'OK')")
+    said = _run([command, "-c", asked])
+    if said == "OK":
+        return Finding(True, "C compiler", "there, with Python's headers", "")
+    return Finding(False, "C compiler", said or f"{command} gave no answer to whether there is one",
+                   "no compiler or headers" if said else "compiler not known")
 
 
 def gpus() -> list:
-    """What nvidia-smi says of the GPUs; none where it is missing or does not answer."""
-    printed = _run(["nvidia-smi", "--query-gpu=name,memory.total,compute_cap,driver_version",
-                    "--format=csv,noheader,nounits"])
-    found = []
+    """What nvidia-smi says of the GPUs; none where it is missing or does not answer.
+
+    Of a GPU cut into MIG slices it is the slices, which CUDA sees, each of the size in its name.
+    """
+    printed = _run(["nvidia-smi", "--format=csv,noheader,nounits",
+                    "--query-gpu=name,memory.total,compute_cap,driver_version,uuid"])
+    listed, found = _run(["nvidia-smi", "-L"]), []
     for line in printed.splitlines():
-        told = re.fullmatch(r"(.+), (\d+), (\d+)\.(\d+), (\d[\d.]*)", line.strip())
+        told = re.fullmatch(r"(.+), (\d+), (\d+)\.(\d+), (\d[\d.]*), (GPU-\S+)", line.strip())
         if told:
-            name, mib, major, minor, driver = told.groups()
-            found.append(Gpu(name, int(mib) << 20, (int(major), int(minor)), driver))
+            name, mib, major, minor, driver, uuid = told.groups()
+            gpu = Gpu(name, int(mib) << 20, (int(major), int(minor)), driver, uuid)
+            below = listed.partition(f"(UUID: {uuid})")[2].partition("\nGPU ")[0]
+            slices = re.findall(r"MIG (\S*?(\d+)gb\S*) .*\(UUID: (MIG-\S+)\)", below)
+            found += [gpu._replace(name=f"{name} MIG {profile}", memory_bytes=int(size) * GB,
+                                   uuid=own) for profile, size, own in slices] or [gpu]
     return found
 
 
-def graphics(found) -> Finding:
+def shown(every) -> list:
+    """Those of the GPUs that CUDA sees, by CUDA_VISIBLE_DEVICES; of MIG slices only the first."""
+    indices = visible_gpus.indices([gpu.uuid for gpu in every],
+                                   os.environ.get("CUDA_VISIBLE_DEVICES"))
+    seen = [every[index] for index in indices]
+    return [gpu for gpu in seen if gpu.uuid.startswith("MIG-")][:1] or seen
+
+
+def graphics(found, every) -> Finding:
+    """Whether the GPUs that CUDA sees will do, of `every` one that is there."""
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not found and (every or setting in ("", "-1")):
+        return Finding(True, "GPU", f"none is used: CUDA_VISIBLE_DEVICES={setting!r} hides what "
+                                    "there is", "no GPU")
     if not found and shutil.which("nvidia-smi"):
         return Finding(False, "GPU", "nvidia-smi is there and names no GPU: restart the machine "
                        "or install the driver; CUDA_VISIBLE_DEVICES= (empty) does without a GPU",
@@ -275,13 +297,14 @@ def examine(known) -> tuple:
     findings = [system(), python(known), make()]
     if platform.system() != "Linux":
         return [*findings, disk(DISK["cpu"])], "", ""
-    found = [] if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1") else gpus()
+    every = gpus()
+    found = shown(every)
     model, features = cpu.read()
     has = memory()
     if found and known:
         findings.append(compilation(known[0][0]))
     findings += [*([] if found else [library()]), disk(DISK["gpu" if found else "cpu"]), ram(has),
-                 processor(model, features), graphics(found)]
+                 processor(model, features), graphics(found, every)]
     sentence, short, room = (("", "", None) if sys.version_info < (3, 11)
                              else will_run(found, model, features, has))
     return [*findings, *([room] if room else [])], sentence, short

@@ -15,8 +15,10 @@ from conftest import REPO
 
 from helpers import cpu, hardware, models, preflight
 
-H100 = "NVIDIA H100 80GB HBM3, 81559, 9.0, 580.82.07"  # as nvidia-smi prints them
-A40 = "NVIDIA A40, 46068, 8.6, 580.82.07"
+# as nvidia-smi prints them
+H100 = "NVIDIA H100 80GB HBM3, 81559, 9.0, 580.82.07, GPU-a0"
+A40 = "NVIDIA A40, 46068, 8.6, 580.82.07, GPU-b1"
+T4 = "Tesla T4, 15360, 7.5, 580.82.07, GPU-c2"
 
 
 def examined(tmp_path=None, smi: str = "", **variables) -> tuple[int, str]:
@@ -58,11 +60,13 @@ def test_the_line_names_neither_the_reader_nor_the_machine():
 @pytest.mark.parametrize("smi, failing, says, ends", [
     (H100, set(), "Will run: Microsoft Phi-4 (14.7B); W8A8 on the GPU", "phi-4 gpu-w8a8"),
     (A40, set(), "Will run: Microsoft Phi-4 (14.7B); W8A16 on the GPU", "phi-4 gpu-w8a16"),
-    ("NVIDIA L4, 23034, 8.9, 580.82.07", set(), "FP8 alone: its bf16 weights do not fit",
+    ("NVIDIA L4, 23034, 8.9, 580.82.07, GPU-d3", set(), "FP8 alone: its bf16 weights do not fit",
      "phi-4 gpu-w8a8"),
-    ("Tesla T4, 15360, 7.5, 580.82.07", set(), "Phi-4-mini", "phi-4-mini gpu-w8a16"),
-    ("GeForce GTX 1080, 8192, 6.1, 580.82.07", {"GPU"}, "needs 7.5 or newer", "tiny-phi4 none"),
-    ("NVIDIA A40, 46068, 8.6, 550.54.15", {"GPU"}, "needs driver 580 or newer", "phi-4 gpu-w8a16"),
+    (T4, set(), "Phi-4-mini", "phi-4-mini gpu-w8a16"),
+    ("GeForce GTX 1080, 8192, 6.1, 580.82.07, GPU-e4", {"GPU"}, "needs 7.5 or newer",
+     "tiny-phi4 none"),
+    (A40.replace("580.82.07", "550.54.15"), {"GPU"}, "needs driver 580 or newer",
+     "phi-4 gpu-w8a16"),
     ("No devices were found", {"GPU"}, "nvidia-smi is there and names no GPU", "cpu-w8a16"),
 ], ids=["H100", "A40", "L4", "T4", "too old", "old driver", "no answer"])
 def test_a_gpu_gets_the_model_and_mode_that_the_notebooks_would_choose(
@@ -78,14 +82,71 @@ def test_a_gpu_gets_the_model_and_mode_that_the_notebooks_would_choose(
 
 
 def test_a_gpu_without_a_compiler_or_pythons_headers_is_told_before_the_set_up(
-        tmp_path, monkeypatch):
+        tmp_path):
     """Triton compiles at run time: the doctor tries it with the Python that would be used."""
     assert "[OK]   C compiler: there, with Python's headers" in examined(tmp_path, H100)[1]
     assert "C compiler" not in examined(CUDA_VISIBLE_DEVICES="")[1]
     said = examined(tmp_path, H100, CC="gcc -O2")[1]
     assert "[FAIL] C compiler: CC is 'gcc -O2'" in said and "no compiler or headers" in said
-    monkeypatch.setattr(sys, "executable", "/usr/bin/false")
-    assert doctor.compilation("/usr/bin/false").ok  # it could not be asked, so nothing is claimed
+
+
+@pytest.mark.parametrize("command", ["false", "true", "no-such-python"])
+def test_a_compiler_that_could_not_be_asked_for_is_not_well(command):
+    said = doctor.compilation(command)
+    assert not said.ok and said.detail == f"{command} gave no answer to whether there is one"
+
+
+@pytest.mark.parametrize("setting, says, ends", [
+    ("0", "Tesla T4, 15.0 GiB", "phi-4-mini gpu-w8a16"),
+    ("1", "NVIDIA A40, 45.0 GiB", "phi-4 gpu-w8a16"),
+    ("GPU-b", "NVIDIA A40, 45.0 GiB", "phi-4 gpu-w8a16"),
+    ("0,1", "Tesla T4, 15.0 GiB, compute capability 7.5, driver 580.82.07; NVIDIA A40",
+     "phi-4 gpu-w8a16"),
+    ("2", "[OK]   GPU: none is used: CUDA_VISIBLE_DEVICES='2' hides", ""),
+    ("", "[OK]   GPU: none is used: CUDA_VISIBLE_DEVICES='' hides", "")])
+def test_only_a_gpu_that_cuda_sees_is_promised(tmp_path, setting, says, ends):
+    _, said = examined(tmp_path, f"{T4}\n{A40}", CUDA_VISIBLE_DEVICES=setting)
+    assert says in said
+    if ends:
+        assert said.splitlines()[-1].endswith(ends)
+    else:
+        assert " tiny-phi4 cpu-" in said.splitlines()[-1]
+    assert ("Tesla T4" in said) == (setting in ("0", "0,1"))
+
+
+def test_without_the_gpu_a_driver_that_does_not_answer_is_no_fault(tmp_path):
+    said = examined(tmp_path, "No devices were found", CUDA_VISIBLE_DEVICES="")[1]
+    assert "[OK]   GPU: none is used" in said
+
+
+SLICED = f"""#!/bin/sh
+if [ "$1" = -L ]; then
+    echo 'GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-f5)'
+    echo '  MIG 3g.40gb     Device  0: (UUID: MIG-11)'
+    echo '  MIG 2g.20gb     Device  1: (UUID: MIG-22)'
+    echo 'GPU 1: Tesla T4 (UUID: GPU-c2)'
+else
+    echo 'NVIDIA A100-SXM4-80GB, 81920, 8.0, 580.82.07, GPU-f5'
+    echo '{T4}'
+fi
+"""
+
+
+@pytest.mark.parametrize("setting, names", [
+    (None, ["NVIDIA A100-SXM4-80GB MIG 3g.40gb"]),
+    ("MIG-22", ["NVIDIA A100-SXM4-80GB MIG 2g.20gb"]), ("GPU-c2", ["Tesla T4"]), ("GPU-f5", [])])
+def test_of_a_gpu_in_slices_one_slice_is_promised(tmp_path, monkeypatch, setting, names):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(SLICED)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
+    found = doctor.shown(doctor.gpus())
+    assert [gpu.name for gpu in found] == names
+    if setting == "MIG-22":
+        assert found[0].memory_bytes == 20 * 10**9
 
 
 def test_room_for_the_model_is_asked_where_its_files_go(tmp_path, monkeypatch):
@@ -181,7 +242,8 @@ def test_a_shim_without_a_python_behind_it_is_passed_over(tmp_path, monkeypatch)
     assert [command for command, _, _ in doctor.pythons()] == [sys.executable]
 
 
-@pytest.mark.parametrize("file", ["scripts/doctor.py", "helpers/__init__.py", "helpers/cpu.py"])
+@pytest.mark.parametrize("file", ["scripts/doctor.py", "helpers/__init__.py", "helpers/cpu.py",
+                                  "helpers/visible_gpus.py"])
 def test_it_can_be_read_by_an_old_python(file):
     tree = ast.parse((REPO / file).read_text(), feature_version=(3, 8))
     first = next(node for node in tree.body if isinstance(node, ast.ImportFrom))
