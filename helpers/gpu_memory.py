@@ -36,36 +36,40 @@ def free() -> str:
     if torch is None or not torch.cuda.is_initialized():
         return "This notebook holds no GPU memory."
     torch.cuda.empty_cache()
-    held = torch.cuda.memory_reserved()
+    held = sum(map(torch.cuda.memory_reserved, range(torch.cuda.device_count())))
     return f"This notebook's tensors hold {held / GB:.1f} GB of GPU memory."
 
 
 def in_the_way(gpus: Iterable[Gpu]) -> str:
     """One sentence for each GPU on whose memory others sit, with their names; "" where nobody does.
+
+    NVML may name nobody: in a container its numbers are the host's, and WSL 2 has no list. Then it
+    is one sentence on who has any GPU of this machine open, as far as this user may see.
     """
-    said = []
-    for gpu in gpus:
-        found = holders(gpu)
-        if found:
-            each = ", ".join(
-                f"{holder.name} (process {holder.pid}"
-                + (")" if holder.nbytes is None else f", {holder.nbytes / GB:.1f} GB)")
-                for holder in found)
-            said.append(f"Memory of the {gpu.name} is held by {each}.")
+    of_gpu = [(gpu, holders(gpu)) for gpu in gpus]
+    said = [f"Memory of the {gpu.name} is held by {_listed(found)}."
+            for gpu, found in of_gpu if found]
+    if of_gpu and not said and (found := openers()):
+        said = [f"A GPU of this machine is open in {_listed(found)}."]
     return " ".join(said)
 
 
 def holders(gpu: Gpu) -> list[Holder]:
-    """The processes of this machine that hold memory of a GPU, the largest first.
-
-    NVML's list of processes. In a container its numbers are the host's, and WSL 2 has no list: then
-    it is who has the driver's device open, as far as this user may see, and no sizes.
-    """
-    told = _told(gpu.index)
-    here = {pid: nbytes for pid, nbytes in told.items() if _uses(pid, unseen=True)}
-    found = here or {pid: None for pid in psutil.pids() if _uses(pid, unseen=False)}
-    named = [Holder(pid, nbytes, _name(pid)) for pid, nbytes in found.items()]
+    """The processes of this machine that hold memory of a GPU by NVML's list, the largest first."""
+    named = [Holder(pid, nbytes, _name(pid)) for pid, nbytes in _told(gpu.index).items()
+             if _uses(pid, unseen=True)]
     return sorted(named, key=lambda holder: -(holder.nbytes or 0))
+
+
+def openers() -> list[Holder]:
+    """The processes that have the driver's device of a GPU open, without what they hold of it."""
+    return [Holder(pid, None, _name(pid)) for pid in psutil.pids() if _uses(pid, unseen=False)]
+
+
+def _listed(found: Iterable[Holder]) -> str:
+    return ", ".join(f"{holder.name} (process {holder.pid}"
+                     + (")" if holder.nbytes is None else f", {holder.nbytes / GB:.1f} GB)")
+                     for holder in found)
 
 
 def _told(index: int) -> dict[int, int | None]:

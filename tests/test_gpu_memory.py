@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import nbformat
@@ -106,11 +107,21 @@ def test_the_notebook_whose_memory_is_in_the_way_is_named(nvml, device, tmp_path
 def test_in_a_container_it_is_who_has_the_device_open(nvml, device):
     """There NVML's numbers are the host's: 1 is another process here, or none."""
     nvml({2**22 + 1: 10**9, os.getppid(): 10**9})
-    assert gpu_memory.in_the_way([A40]) == ""
-    with open(device):
-        assert gpu_memory.in_the_way([A40]) == (
-            "Memory of the NVIDIA A40 is held by this notebook or program itself (process "
+    second = replace(A40, index=1)
+    assert gpu_memory.in_the_way([A40, second]) == ""
+    with open(device):  # which of the two it is, nobody says
+        assert gpu_memory.in_the_way([A40, second]) == (
+            "A GPU of this machine is open in this notebook or program itself (process "
             f"{os.getpid()}).")
+
+
+def test_where_nvml_knows_a_process_only_its_gpu_is_said_to_be_held(device, monkeypatch):
+    monkeypatch.setattr(gpu_memory, "_told",
+                        lambda index: {os.getpid(): 10**9} if index == 1 else {})
+    with open(device):
+        assert gpu_memory.in_the_way([A40, replace(A40, index=1, name="Tesla T4")]) == (
+            "Memory of the Tesla T4 is held by this notebook or program itself (process "
+            f"{os.getpid()}, 1.0 GB).")
 
 
 def test_where_nvml_fails_nobody_is_named_in_vain(monkeypatch, device):
@@ -125,14 +136,16 @@ def test_a_model_that_no_name_holds_is_gone(tiny_base, monkeypatch):
     calls = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("emptied"))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2_000_000_000 if not calls else 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: (
+        500_000_000 + device * 10**9 if calls else 10**10))
     gc.disable()  # so that only `free` collects
     try:
         model = AutoModelForCausalLM.from_pretrained(tiny_base.path)
         model.itself = [model]  # as accelerate's hooks and many a cache are
         seen = weakref.ref(model)
         del model
-        assert gpu_memory.free() == "This notebook's tensors hold 0.0 GB of GPU memory."
+        assert gpu_memory.free() == "This notebook's tensors hold 2.0 GB of GPU memory."
         assert seen() is None and calls == ["emptied"]
     finally:
         gc.enable()
