@@ -10,6 +10,7 @@ import textwrap
 from dataclasses import dataclass
 
 from helpers import (
+    WorkbookError,
     arm_names,
     check,
     evaluation,
@@ -232,6 +233,12 @@ def open_course() -> Course:
     pd.set_option("display.html.use_mathjax", False)  # a dollar sign in a cell is a dollar sign
     machine = hardware.detect()
     mode = hardware.serving_mode(machine)
+    if mode.key == "none":
+        raise WorkbookError(
+            "vLLM has no FP8 for this machine's GPU, so no notebook can serve on it.",
+            f"{mode.why}.",
+            "Run `export CUDA_VISIBLE_DEVICES=`, with nothing behind it, in the terminal that "
+            "starts Jupyter, and start it again: then all runs on the CPU.")
     arm_names.served_in(mode.dtype)
     return Course(machine, mode, models.choose(machine))
 

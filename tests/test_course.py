@@ -53,6 +53,24 @@ def test_an_unknown_profile_stops_the_opening_with_the_known_names(monkeypatch):
         course.open_course()
 
 
+V100 = hardware.Gpu(0, "Tesla V100-SXM2-32GB", 34_359_738_368, (7, 0), "580")
+
+
+@pytest.mark.parametrize("profile", [None, "tiny-phi4"])
+def test_a_gpu_without_fp8_stops_the_opening_and_is_told_the_way_to_the_cpu(monkeypatch, profile):
+    monkeypatch.delenv(models.VARIABLE, raising=False)
+    if profile:
+        monkeypatch.setenv(models.VARIABLE, profile)
+    monkeypatch.setattr(hardware, "_gpus", lambda: ((V100,), ""))
+    with pytest.raises(WorkbookError, match="no FP8 for this machine's GPU") as said:
+        course.open_course()
+    assert "Tesla V100-SXM2-32GB has compute capability 7.0" in said.value.meaning
+    assert "`export CUDA_VISIBLE_DEVICES=`" in said.value.remedy
+    monkeypatch.setattr(hardware, "_gpus", lambda: ((), "CUDA_VISIBLE_DEVICES='' hides 1 GPU(s)"))
+    opened = course.open_course()
+    assert (opened.profile.name, opened.mode.device) == ("tiny-phi4", "cpu")
+
+
 def test_a_result_is_recorded_with_the_checkpoints_fingerprint(
     tmp_workspace, tiny_fp8, monkeypatch
 ):
