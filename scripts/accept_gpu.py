@@ -18,7 +18,7 @@ from pathlib import Path
 from accept_steps import STEPS, Failed, Here, NotHere, Step
 from run_notebooks import NotebookStopped
 
-from helpers import WorkbookError, hardware, ledger, workspace
+from helpers import WorkbookError, hardware, ledger, shared, workspace
 from helpers.hardware import GB
 
 NO_GPU = 2
@@ -77,6 +77,7 @@ def main() -> int:
     place = workspace.root() / "accept-gpu" / time.strftime("%Y%m%d-%H%M%S")
     place.mkdir(parents=True)
     os.environ.update(PHI4_FP8_WORKSPACE=str(place), PHI4_FP8_PROFILE="tiny-phi4")
+    os.environ.pop(shared.SERVERS, None)  # notebooks would take a room's servers for this machine's
     with (place / "report.txt").open("w") as report:
         def say(line: str) -> None:
             print(line, flush=True)

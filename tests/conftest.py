@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from helpers import shared
+from helpers.serve_side import cpu_kernels
+
 REPO = Path(__file__).resolve().parent.parent
+
+# A participant's servers and a reader's choice of numerics are no part of what is tested.
+for variable in (shared.SERVERS, shared.KEY_FILE, cpu_kernels.VARIABLE):
+    os.environ.pop(variable, None)
 
 
 @pytest.fixture

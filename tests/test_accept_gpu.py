@@ -12,7 +12,16 @@ import pytest
 from accept_steps import STEPS, Failed, Here, NotHere, Step
 from conftest import REPO
 
-from helpers import WorkbookError, hardware, ledger, preflight, server_log, serving, workspace
+from helpers import (
+    WorkbookError,
+    hardware,
+    ledger,
+    preflight,
+    server_log,
+    serving,
+    shared,
+    workspace,
+)
 from helpers.hardware import Gpu
 
 A40 = Gpu(0, "NVIDIA A40", 48_305_799_168, (8, 6), "580.95.05", (13, 0))
@@ -40,13 +49,13 @@ def here(tmp_path, monkeypatch) -> Here:
 
 
 def test_without_a_gpu_it_says_so_and_nothing_is_run():
-    cpu_only()
+    why = cpu_only().note or "no NVIDIA GPU was found"  # or it is hidden
     ran = subprocess.run([sys.executable, "scripts/accept_gpu.py"], cwd=REPO, text=True,
                          capture_output=True)
     assert (ran.returncode, ran.stderr) == (accept_gpu.NO_GPU, "")
     assert ran.stdout == (
-        "Nothing was run: this is for a machine with a GPU that serves FP8, and here no NVIDIA GPU "
-        "was found. `make test` checks a machine without one.\n")
+        f"Nothing was run: this is for a machine with a GPU that serves FP8, and here {why}. "
+        "`make test` checks a machine without one.\n")
 
 
 @pytest.mark.parametrize("gpus, note, says", [
@@ -103,7 +112,13 @@ def test_the_report_holds_what_was_printed(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PHI4_FP8_WORKSPACE", str(tmp_path))
     monkeypatch.setenv("PHI4_FP8_PROFILE", "phi-4")
     monkeypatch.setattr(hardware, "_gpus", lambda: ((A40,), ""))
-    monkeypatch.setattr(accept_gpu, "STEPS", [Step("a", "A holds", found)])
+    monkeypatch.setenv(shared.SERVERS, "fp8=http://127.0.0.1:9")  # a room's; 05 would take it
+
+    def alone(here):
+        assert shared.named() == {}
+        return "well"
+
+    monkeypatch.setattr(accept_gpu, "STEPS", [Step("a", "A holds", alone)])
     assert accept_gpu.main() == 0
     printed = capsys.readouterr().out
     (report,) = tmp_path.glob("accept-gpu/*/report.txt")

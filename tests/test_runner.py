@@ -171,6 +171,19 @@ def test_a_notebook_that_hangs_or_runs_nothing_or_is_missing_fails(tmp_path):
     assert "= 3 failed, 1 passed" in result.stdout
 
 
+def test_what_a_reader_has_set_for_a_room_is_not_tested(tmp_path, monkeypatch):
+    import run_tests
+
+    for name in ("PHI4_FP8_SERVERS", "PHI4_FP8_KEY_FILE", "PHI4_FP8_CPU_NUMERICS"):
+        monkeypatch.setenv(name, "theirs")
+    monkeypatch.setenv("PHI4_FP8_PROFILE", "tiny-phi4")
+    monkeypatch.setattr(run_tests, "BUILD", tmp_path)
+    seen = {}
+    monkeypatch.setattr(run_tests, "run", lambda *_: seen.update(os.environ) or 0)
+    assert run_tests.main([]) == 0
+    assert seen and "theirs" not in seen.values()
+
+
 def test_more_than_one_notebook_after_only_is_a_sentence(capsys):
     assert run_notebooks.main(["run", "00", "99"]) == 1
     assert "ONLY takes one notebook's number, and not '00 99'" in capsys.readouterr().err
