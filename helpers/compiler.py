@@ -43,7 +43,8 @@ def fault() -> str:
         return ("there is no C compiler (gcc or clang), and vLLM's Triton needs one on a GPU: "
                 "install one (on Debian or Ubuntu: apt install build-essential)")
     trial = subprocess.run([compiler, "-fsyntax-only", f"-I{include}", "-x", "c", "-"],
-                           input=TRIAL, capture_output=True, text=True)
+                           input=TRIAL, capture_output=True, text=True,
+                           env=os.environ | {"LC_ALL": "C"})  # "error:" in English
     if trial.returncode == 0:
         return ""
     said = next((line for line in trial.stderr.splitlines() if "error:" in line), "no reason given")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import shared
+from helpers import compiler, shared
 from helpers.serve_side import cpu_kernels
 
 REPO = Path(__file__).resolve().parent.parent
@@ -20,6 +20,15 @@ def tmp_workspace(tmp_path, monkeypatch) -> Path:
     """A fresh, empty workspace for one test."""
     monkeypatch.setenv("PHI4_FP8_WORKSPACE", str(tmp_path / "workspace"))
     return tmp_path / "workspace"
+
+
+@pytest.fixture
+def a_compiler(monkeypatch) -> None:
+    """Skip where there is no C compiler, or no Python.h: the README asks for them with a GPU alone.
+    """
+    monkeypatch.delenv("CC", raising=False)
+    if why := compiler.fault():
+        pytest.skip(why)
 
 
 @pytest.fixture(scope="session")

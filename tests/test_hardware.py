@@ -382,13 +382,18 @@ def test_preflight_says_what_to_do(monkeypatch, capsys):
     assert "CUDA_VISIBLE_DEVICES=" in failed[3]
 
 
+ON_GPU = hardware.serving_mode(machine(gpu("NVIDIA L4", (8, 9), 24)))
+
+
 def test_a_gpu_mode_needs_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    on_gpu = hardware.serving_mode(machine(gpu("NVIDIA L4", (8, 9), 24)))
-    assert "apt install build-essential" in preflight._compiler(on_gpu).detail
-    assert not preflight._compiler(on_gpu).ok
-    assert preflight._compiler(dataclasses.replace(on_gpu, device="cpu")).ok
-    monkeypatch.undo()
-    assert preflight._compiler(on_gpu).ok
+    monkeypatch.delenv("CC", raising=False)
+    assert "apt install build-essential" in preflight._compiler(ON_GPU).detail
+    assert not preflight._compiler(ON_GPU).ok
+    assert preflight._compiler(dataclasses.replace(ON_GPU, device="cpu")).ok
+
+
+def test_a_gpu_mode_needs_pythons_headers(monkeypatch, tmp_path, a_compiler):
+    assert preflight._compiler(ON_GPU).ok
     monkeypatch.setattr(compiler, "include_folder", lambda: str(tmp_path))
-    assert "Python.h is not in" in preflight._compiler(on_gpu).detail
+    assert "Python.h is not in" in preflight._compiler(ON_GPU).detail

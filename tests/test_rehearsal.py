@@ -75,7 +75,7 @@ def test_of_gpus_that_differ_a_server_is_shown_the_planned_one(decided):
     assert len(shown) > 16 and not any(shown.values())
 
 
-def test_the_stand_in_says_what_a_machine_is_described_by(tmp_path):
+def test_the_stand_in_says_what_a_machine_is_described_by(tmp_path, a_compiler):
     """Read by nvidia-ml-py, in a process of its own, as the notebooks read it."""
     libraries = stand_in.libraries(tmp_path / "lib")
     case = next(each for each in cases.odd() if "MIG" in each.name)
