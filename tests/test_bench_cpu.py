@@ -6,7 +6,7 @@ import bench_cpu
 import pandas as pd
 import pytest
 
-from helpers import cpu_bench, ledger, models, slice_speed, throughput
+from helpers import cpu_bench, hardware, ledger, models, slice_speed, throughput
 from helpers.cpu_bench import BF16, LLAMA_CPP, STOCK, TRANSFORMERS, Arm
 from helpers.throughput import Work
 
@@ -117,6 +117,8 @@ def test_every_server_has_its_own_checkpoint_and_numerics():
 
 def test_the_whole_run_on_the_bundled_model(tmp_workspace, tmp_path, monkeypatch):
     """`make bench-cpu --only tiny`, one round; only what is slow about it is made small."""
+    if hardware.serving_mode(hardware.detect()).device != "cpu":
+        pytest.skip("these are a CPU's kernels")
     monkeypatch.setattr(bench_cpu, "OUT", tmp_path / "out")
     monkeypatch.setattr(bench_cpu, "asked_of", lambda arm, generated, rounds: [
         Work(1, 1, 3, rounds)])

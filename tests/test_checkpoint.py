@@ -196,6 +196,9 @@ def test_blocks_are_the_tensor_in_order(rows, tiny_fp8):
 
 def test_notebook_03_makes_a_large_module_anew_in_little_memory(tmp_path):
     """Phi-4's largest whole would take 6 GB beside it; this one, of 34 million weights, 1 GB."""
+    peak = Path("/proc/self/clear_refs")
+    if not os.access(peak, os.W_OK):
+        pytest.skip("the system does not let a process count its peak of memory anew")
     config = phi4_slice.sliced(roofline.load_config(REPO / "data" / "phi4"), 1) | {
         "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16,
         "num_key_value_heads": 4}
@@ -204,7 +207,7 @@ def test_notebook_03_makes_a_large_module_anew_in_little_memory(tmp_path):
     nb = json.loads((REPO / "notebooks" / "03_inspect_the_scales.ipynb").read_text())
     (cell,) = (cell for cell in nb["cells"] if cell["id"] == "03-22")
     names = {"base": base, "fp8": fp8, "checkpoint": checkpoint, "e4m3": e4m3, "torch": torch}
-    Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is counted anew
+    peak.write_text("5")  # from here on the peak is counted anew
     before = in_memory("VmRSS")
     exec("".join(cell["source"]), names)
     assert names["identical"] == len(names["modules"]) == 4

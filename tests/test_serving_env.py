@@ -8,10 +8,15 @@ from conftest import REPO
 
 from helpers import hardware, roofline, serving, serving_env
 
-# vLLM's own gate, on the platform told that it is CUDA: "no", or what it asks next.
+# vLLM's own gate, on the platform told that it is a large GPU from 8.0 on, since the gate is closed
+# to smaller ones as well: False, or what it asks next.
 GATE = """
 from vllm.platforms import current_platform
-type(current_platform).is_cuda = lambda self: True
+from vllm.platforms.interface import DeviceCapability
+platform = type(current_platform)
+platform.is_cuda = lambda self: True
+platform.get_device_capability = lambda self, device=0: DeviceCapability(8, 0)
+platform.num_compute_units = lambda self, device=0: 108
 from vllm.v1.sample.ops import topk_topp_sampler
 try:
     answer = topk_topp_sampler.flashinfer_sampler_supported()
