@@ -9,8 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,7 +19,7 @@ import lm_eval
 import pytest
 from conftest import REPO
 
-from helpers import WorkbookError, answers, evaluation, gsm8k, models
+from helpers import WorkbookError, answers, client, evaluation, gsm8k, models
 
 OFFICIAL = REPO / "data" / "gsm8k_sample"
 TINY = SimpleNamespace(task="tiny_gsm8k")
@@ -65,10 +63,12 @@ def proxy(server, fails_after: int | None = None):
                 self.send_error(503)
                 return
             if key not in front.seen:
-                asked = urllib.request.Request(server.url + self.path, data=body, headers={
-                    "Authorization": self.headers["Authorization"],
-                    "Content-Type": "application/json"})
-                front.seen[key] = urllib.request.urlopen(asked, timeout=600).read()
+                answer = client.session().post(
+                    server.url + self.path, data=body, timeout=600, headers={
+                        "Authorization": self.headers["Authorization"],
+                        "Content-Type": "application/json"})
+                answer.raise_for_status()
+                front.seen[key] = answer.content
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.end_headers()

@@ -3,13 +3,12 @@
 import contextlib
 import math
 import re
-import urllib.request
 from dataclasses import replace
 
 import pandas as pd
 import pytest
 
-from helpers import WorkbookError, hardware, models, throughput
+from helpers import WorkbookError, client, hardware, models, throughput
 from helpers.throughput import Work
 
 
@@ -28,9 +27,7 @@ def measure(tmp_path_factory):
 
 def counted(server, name: str) -> float:
     """What the server's own counter of that name says, over all engines."""
-    request = urllib.request.Request(server.url + "/metrics",
-                                     headers={"Authorization": f"Bearer {server.api_key}"})
-    text = urllib.request.urlopen(request).read().decode()
+    text = client.session(server.api_key).get(server.url + "/metrics").text
     return sum(float(n) for n in re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", text, re.M))
 
 
