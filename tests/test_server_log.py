@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from conftest import REPO
 
 from helpers import server_log, serving_env
 
@@ -46,12 +47,25 @@ def vllm():
     return package
 
 
-@pytest.mark.parametrize("file, line", [(file, line) for file, line, _ in ON_A_GPU])
+@pytest.mark.parametrize("file, line", [(file, line) for file, line, _ in ON_A_GPU
+                                        if "Graph capturing finished" not in line])  # no phase's
 def test_the_sentences_of_a_start_are_vllms(file, line):
     """What is matched stands in the source of the vLLM that serves; it holds the GPU's code too."""
     source = (vllm() / file).read_text()
     marks = [said for said, _ in server_log._PHASES if said in line]
-    assert all(mark in source for mark in marks) and (marks or "Graph capturing" in line)
+    assert marks and all(mark in source for mark in marks)
+
+
+@pytest.mark.parametrize("said, file", [
+    ("Graph capturing finished", "v1/worker/gpu_model_runner.py"),
+    ("Graph capturing finished", "v1/worker/gpu/model_runner.py"),
+    ("Dynamo bytecode transform", "compilation/backends.py"),
+    ("Directly load", "compilation/backends.py"),
+    ("Directly load", "compilation/decorators.py")])
+def test_the_proofs_of_a_compiled_model_are_vllms_sentences(said, file):
+    """What `make accept-gpu` looks for in the log of a server on a GPU."""
+    assert f'"{said}' in (vllm() / file).read_text().replace('"%s', '"')
+    assert said in (REPO / "scripts" / "accept_steps.py").read_text()
 
 
 def test_the_kernel_of_four_bits_is_read_as_well():
