@@ -99,7 +99,7 @@ def test_notebook_09_can_be_the_first_that_is_opened(tmp_workspace, monkeypatch)
     """Its own cells in an empty workspace: they make the checkpoint, serve, score and time it."""
     monkeypatch.setenv(models.VARIABLE, "tiny-phi4")
     monkeypatch.setattr(course, "GSM8K_ROWS", 4)
-    monkeypatch.setattr(course, "DECODING", throughput.Work(generated_tokens=8, rounds=2))
+    monkeypatch.setattr(course, "DECODING", throughput.Work(generated_tokens=64, rounds=2))
     cells = json.loads((REPO / "notebooks" / "09_report_and_publish.ipynb").read_text())["cells"]
     space = {"display": print}
     for cell in cells[:next(n for n, cell in enumerate(cells) if cell["id"] == "07-10")]:
