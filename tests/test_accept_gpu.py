@@ -1,13 +1,18 @@
 """`make accept-gpu`: its order, its words and its steps, walked on a CPU as far as one goes."""
 
+import contextlib
+import dataclasses
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import accept_gpu
 import accept_steps
+import nbformat
 import pytest
 from accept_steps import STEPS, Failed, Here, NotHere, Step
 from conftest import REPO
@@ -17,7 +22,7 @@ from helpers import (
     hardware,
     ledger,
     preflight,
-    server_log,
+    roofline,
     serving,
     shared,
     workspace,
@@ -171,20 +176,6 @@ def test_neither_nvcc_nor_ninja_is_found_and_what_was_compiled_before_is_not(tmp
     assert not (tmp_path / "bare").exists()
 
 
-@pytest.mark.parametrize("answer, kernel, says", [
-    ("I do not know.", None, "not as the bundled model does: 'I do not know.'"),
-    (None, "not named in the log", "was to be served; the kernel: not named in the log."),
-    (None, accept_steps.MARLIN, "W8A16 on the CPU was to be served; the kernel: Marlin")])
-def test_a_server_that_is_not_right_is_found_out(answer, kernel, says, here, monkeypatch):
-    if answer:
-        monkeypatch.setattr(serving.VllmServer, "chat", lambda *_, **__: answer)
-    if kernel:
-        monkeypatch.setattr(server_log, "selected_kernel", lambda *_: kernel)
-    with pytest.raises(Failed, match="not as|was to be served") as said:
-        accept_steps.serve_bundled(here)
-    assert says in str(said.value)
-
-
 def test_layers_that_compute_something_else_are_found_out(here, monkeypatch):
     wrong = {"auto": {"qkv, 1": {"kernel": "K", "w8a16": 0.03, "w8a8": 0.1, "rounding": 0.03,
                                  "plain": 0.002}}}
@@ -196,3 +187,108 @@ def test_layers_that_compute_something_else_are_found_out(here, monkeypatch):
 def test_a_script_that_dies_in_vllms_environment_is_a_sentence():
     with pytest.raises(Failed, match="gpu_layers.py did not end well. Its log says: KeyError"):
         accept_steps.ask("gpu_layers.py", "nobody's", "auto")
+
+
+# On a GPU: what cannot be provoked on vLLM itself, or not here
+
+@pytest.fixture
+def a40(tmp_path, monkeypatch, tiny_fp8) -> Here:
+    """A machine with an A40 whose memory nobody uses."""
+    machine = dataclasses.replace(hardware.detect(), gpus=(A40,))
+    monkeypatch.setenv("PHI4_FP8_WORKSPACE", str(tmp_path / "accept"))
+    monkeypatch.setattr(hardware, "detect", lambda: machine)
+    monkeypatch.setattr(Here, "fp8", lambda here: tiny_fp8)
+    using(monkeypatch, 0)
+    return Here(machine, hardware.serving_mode(machine), tmp_path / "accept")
+
+
+def using(monkeypatch, *nbytes: int) -> None:
+    """What is used of the GPU's memory, each time it is asked; the last one stays."""
+    told = itertools.chain(nbytes, itertools.repeat(nbytes[-1]))
+    monkeypatch.setattr(accept_steps, "used", lambda here: next(told))
+
+
+def serving_as(monkeypatch, kernel=accept_steps.MARLIN, answer="2 + 2 = 4\n#### 4",
+               log="Dynamo bytecode transform time: 4.10 s\nGraph capturing finished in 5 secs"):
+    """Servers that say this; by default what a good one on an A40 says."""
+    @contextlib.contextmanager
+    def server(model, flags, env):
+        yield SimpleNamespace(kernel=kernel, chat=lambda *_, **__: answer, log=lambda: log,
+                              log_path=Path("vllm.log"), startup_seconds=60.0, checkpoint=model)
+
+    monkeypatch.setattr(serving, "VllmServer", server)
+
+
+@pytest.mark.parametrize("cache", ["", "Directly load AOT compilation from path /c\n"])
+def test_a_server_that_is_right_is_taken(cache, a40, monkeypatch):
+    using(monkeypatch, 10**9, 6 * 10**9, 3 * 10**9, 10**9)  # the driver takes a moment
+    serving_as(monkeypatch, **({"log": f"{cache}Graph capturing finished"} if cache else {}))
+    assert accept_steps.serve_bundled(a40) == f"{accept_steps.MARLIN}, ready after 60 s"
+    [row] = ledger.read()
+    assert (row["mode"], row["metrics"]["bytes_held"]) == ("gpu-w8a16", 5 * 10**9)
+
+
+@pytest.mark.parametrize("wrong, says", [
+    ({"answer": "I do not know."}, "not as the bundled model does: 'I do not know.'"),
+    ({"kernel": "not named in the log"}, "W8A16 on the GPU was to be served; the kernel: not"),
+    ({"kernel": "CutlassKernel"}, "W8A16 on the GPU was to be served; the kernel: CutlassKernel."),
+    ({"log": "Dynamo bytecode transform time: 4.10 s"}, "vLLM has captured no CUDA graph"),
+    ({"log": "Graph capturing finished in 5 secs"}, "vLLM has compiled nothing")])
+def test_a_server_that_is_not_right_is_found_out(wrong, says, a40, monkeypatch):
+    serving_as(monkeypatch, **wrong)
+    with pytest.raises(Failed) as said:
+        accept_steps.serve_bundled(a40)
+    assert says in str(said.value) and ledger.read() == []
+
+
+def test_marlin_where_there_are_fp8_tensor_cores_is_found_out(a40, monkeypatch):
+    a40.mode = hardware.gpu_mode(dataclasses.replace(A40, compute_capability=(8, 9)))
+    serving_as(monkeypatch)
+    with pytest.raises(Failed, match="W8A8 on the GPU was to be served; the kernel: Marlin"):
+        accept_steps.serve_bundled(a40)
+
+
+def test_memory_that_a_server_does_not_give_back_is_found_out(a40, monkeypatch):
+    using(monkeypatch, 10**9, 6 * 10**9, 3 * 10**9)
+    serving_as(monkeypatch)
+    clock = itertools.count(0, 5)
+    monkeypatch.setattr(accept_steps, "time", SimpleNamespace(
+        monotonic=lambda: next(clock), sleep=lambda seconds: None))
+    monkeypatch.setattr(accept_steps.gpu_memory, "in_the_way", lambda gpus: f"{gpus[0].name}: VLLM")
+    with pytest.raises(Failed, match="2.0 GB of GPU memory have not come back. NVIDIA A40: VLLM"):
+        accept_steps.serve_bundled(a40)
+
+
+@pytest.mark.parametrize("bf16, fp8, says", [
+    (18, 33, None),
+    (24, 33, "bf16: 24.0 tokens/s would read faster than the memory can: 113% of 600 GB/s"),
+    (20, 20, "FP8 over bf16: 1.00x of at most 1.93x"),
+    (16, 33, "FP8 over bf16: 2.06x of at most 1.93x")])
+def test_a_speed_that_cannot_be_or_shows_no_gain_is_found_out(bf16, fp8, says, a40, monkeypatch):
+    """An A40 whose memory copies 600 GB/s: 21 tokens/s of Phi-4's bf16 weights, 41 of FP8's."""
+    speeds = {"bf16": bf16, "fp8": fp8}
+    monkeypatch.setattr(accept_steps, "one_stream", lambda here, arm: (float(speeds[arm]), "K"))
+    monkeypatch.setattr(roofline, "measured_copy", lambda: 600e9)
+    if says:
+        with pytest.raises(Failed) as said:
+            accept_steps.decode_at_full_size(a40)
+        assert says in str(said.value)
+    else:
+        assert "FP8 over bf16: 1.83x" in accept_steps.decode_at_full_size(a40)
+        assert [row["metrics"]["output_tok_s"] for row in ledger.read()] == [bf16, fp8]
+
+
+@pytest.mark.parametrize("nbytes", [accept_steps.CONTEXT, accept_steps.CONTEXT + 1])
+def test_a_notebook_that_keeps_the_gpus_memory_is_found_out(nbytes, a40, tmp_path, monkeypatch):
+    opened, served = tmp_path / "01.ipynb", []
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]), opened)
+    monkeypatch.setattr(accept_steps, "notebooks", lambda only: [opened])
+    monkeypatch.setattr(accept_steps, "run_notebook", lambda here, number: served.append(number))
+    using(monkeypatch, 10**9, 10**9 + nbytes)
+    if nbytes > accept_steps.CONTEXT:
+        with pytest.raises(Failed, match="01.ipynb has freed its model, .* still holds 1.1 GB"):
+            accept_steps.open_beside(a40)
+        assert served == []
+    else:
+        assert "which holds 1.1 GB" in accept_steps.open_beside(a40)
+        assert served == ["05"]
