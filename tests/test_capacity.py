@@ -24,16 +24,23 @@ PHI4 = roofline.load_config(REPO / "data" / "phi4")
 MIB, GB = 2**20, 10**9
 
 
-def ask_vllm(asked: list[dict]) -> list[dict]:
-    """What vLLM's checks say of each: total, free, share, taken (bytes beside the KV cache), kv."""
-    done = subprocess.run(
-        [serving.serve_python(), REPO / "tests" / "serve_side" / "memory.py"], cwd=REPO, text=True,
-        input="".join(json.dumps({"tokens": 4096} | each) + "\n" for each in asked),
-        capture_output=True, env=os.environ | serving_env.ENVIRONMENT)
-    answers = [json.loads(line.removeprefix("ANSWER "))
-               for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
-    assert len(answers) == len(asked), done.stderr[-2000:]
-    return answers
+@pytest.fixture(scope="module")
+def ask_vllm(tmp_path_factory):
+    """A function: what vLLM's checks say of total, free, share, taken (beside the KV cache), kv."""
+    log = tmp_path_factory.mktemp("memory") / "log"
+    with log.open("w") as said, subprocess.Popen(
+            [serving.serve_python(), REPO / "tests" / "serve_side" / "memory.py"], cwd=REPO,
+            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
+            env=os.environ | serving_env.ENVIRONMENT) as process:
+
+        def ask(**asked) -> dict:
+            print(json.dumps({"tokens": 4096} | asked), file=process.stdin, flush=True)
+            for line in process.stdout:
+                if line.startswith("ANSWER "):
+                    return json.loads(line.removeprefix("ANSWER "))
+            raise AssertionError(log.read_text()[-2000:])
+
+        yield ask
 
 
 def machine(*gpus: Gpu) -> Machine:
@@ -54,15 +61,14 @@ def served(profile: models.Profile, *gpus: Gpu) -> list[str]:
     return serving.default_flags(profile, hardware.serving_mode(where), where)
 
 
-def test_what_fits_is_what_vllm_starts_on_every_gpu_of_the_list():
+def test_what_fits_is_what_vllm_starts_on_every_gpu_of_the_list(ask_vllm):
     """Of each arm of both models: 0.90 of NVML's total, less the weights, less 1.5 GB."""
     cases = [(entry, profile, weights) for entry in roofline.gpus()
              for profile in (models.PHI4, models.PHI4_MINI)
              for weights in models.sizes(profile).values()]
-    answers = ask_vllm([{
-        "total": roofline.memory_bytes(entry), "free": roofline.memory_bytes(entry), "share": 0.9,
-        "taken": weights + 1_500_000_000, "kv": profile.kv_bytes}
-        for entry, profile, weights in cases])
+    answers = [ask_vllm(
+        total=roofline.memory_bytes(entry), free=roofline.memory_bytes(entry), share=0.9,
+        taken=weights + 1_500_000_000, kv=profile.kv_bytes) for entry, profile, weights in cases]
     for (entry, profile, weights), answer in zip(cases, answers, strict=True):
         fits = capacity.fits(weights, profile.kv_bytes, roofline.memory_bytes(entry))
         assert fits == ("left" in answer), (entry["name"], profile.name, answer)
@@ -119,24 +125,23 @@ def test_a_gpu_that_nobody_uses_gets_090():
             "0.90")
 
 
-def test_a_desktop_that_uses_3_gb_gets_a_share_that_vllm_takes():
+def test_a_desktop_that_uses_3_gb_gets_a_share_that_vllm_takes(ask_vllm):
     card = gpu(24576 * MIB, used=3 * GB)
     share = float(flag(served(models.PHI4, card), "--gpu-memory-utilization"))
     assert 0.80 < share < 0.90
     asked = {"total": card.memory_bytes, "free": card.free_bytes - capacity.CONTEXT,
              "taken": models.PHI4.fp8_bytes + capacity.REST, "kv": models.PHI4.kv_bytes}
-    own, fixed = ask_vllm([asked | {"share": share}, asked | {"share": 0.90}])
+    own, fixed = ask_vllm(**asked, share=share), ask_vllm(**asked, share=0.90)
     assert "left" in own and "less than desired GPU memory utilization" in fixed["refused"]
 
 
-def test_with_too_little_free_it_is_what_the_model_needs_and_vllms_refusal_is_explained():
+def test_with_too_little_free_it_is_what_the_model_needs_and_vllms_refusal_is_explained(ask_vllm):
     card = gpu(24576 * MIB, used=12 * GB)
     share = float(flag(served(models.PHI4, card), "--gpu-memory-utilization"))
     needed = models.PHI4.fp8_bytes + models.PHI4.kv_bytes + capacity.REST
     assert needed <= share * card.memory_bytes < needed + card.memory_bytes / 100
-    asked = {"total": card.memory_bytes, "free": card.free_bytes, "share": share,
-             "taken": needed - models.PHI4.kv_bytes, "kv": models.PHI4.kv_bytes}
-    held, = ask_vllm([asked])
+    held = ask_vllm(total=card.memory_bytes, free=card.free_bytes, share=share,
+                    taken=needed - models.PHI4.kv_bytes, kv=models.PHI4.kv_bytes)
     meaning, remedy = server_log.explain(held["refused"])
     assert "Free memory on device cuda:0 (12.82/24.0 GiB)" in meaning
     assert "nvidia-smi" in remedy and "kernel" in remedy
@@ -144,24 +149,23 @@ def test_with_too_little_free_it_is_what_the_model_needs_and_vllms_refusal_is_ex
 
 
 @pytest.mark.parametrize("taken", [23 * GB, 22 * GB], ids=["no room", "too little room"])
-def test_weights_that_leave_no_kv_cache_are_explained(taken):
-    refused, = ask_vllm([{"total": 24576 * MIB, "free": 24576 * MIB, "share": 0.9, "taken": taken,
-                          "kv": 2 * GB}])
+def test_weights_that_leave_no_kv_cache_are_explained(taken, ask_vllm):
+    refused = ask_vllm(total=24576 * MIB, free=24576 * MIB, share=0.9, taken=taken, kv=2 * GB)
     _, remedy = server_log.explain(refused["refused"])
     assert "too little" in remedy and "--max-model-len" in remedy
 
 
 # More than one GPU
 
-def test_two_equal_cards_of_24_gb_serve_both_arms_each_over_both():
+def test_two_equal_cards_of_24_gb_serve_both_arms_each_over_both(ask_vllm):
     cards = [gpu(24576 * MIB, 0, index=index) for index in range(2)]
     where = machine(*cards)
     assert models.arms(models.PHI4, where) == ("bf16", "fp8")
     assert flag(served(models.PHI4, *cards), "--tensor-parallel-size") == "2"
     assert flag(served(models.PHI4_MINI, *cards), "--tensor-parallel-size") is None  # one is enough
-    half = {"total": cards[0].memory_bytes, "free": cards[0].memory_bytes, "share": 0.9,
-            "taken": models.PHI4.bf16_bytes // 2 + capacity.REST, "kv": models.PHI4.kv_bytes // 2}
-    assert "left" in ask_vllm([half])[0]
+    assert "left" in ask_vllm(  # half a model on each
+        total=cards[0].memory_bytes, free=cards[0].memory_bytes, share=0.9,
+        taken=models.PHI4.bf16_bytes // 2 + capacity.REST, kv=models.PHI4.kv_bytes // 2)
     server = serving.VllmServer(models.tiny().checkpoint, served(models.PHI4, *cards))
     assert server.gpus == 2
     assert models.PHI4.bf16_bytes < models.for_weights(where) < 2 * 24576 * MIB

@@ -11,7 +11,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file
 
-from helpers import ablation, checkpoint, cost_plots, formats, models, plots
+from helpers import ablation, checkpoint, cost_plots, formats, models, plots, scheme_trials
 from helpers.formats import FORMATS, Format, Losses
 
 
@@ -171,6 +171,9 @@ def test_what_is_kept_is_measured_against_the_unrounded_model(tiny, tmp_workspac
     """From an empty workspace: no arm may be at work while the reference is computed."""
     monkeypatch.setattr(measure_formats, "TEXTS", 2)
     monkeypatch.setattr(measure_formats, "CALIBRATION", 1)
+    every = scheme_trials.recipes  # one will do: all are made by tests/test_scheme_trials.py
+    monkeypatch.setattr(scheme_trials, "recipes", lambda config: {
+        "FP8_DYNAMIC": every(config)["FP8_DYNAMIC"]})
     model, texts, _ = tiny
     found = measure_formats.entry(models.tiny())["losses"]
     here = formats.measure(model, texts[:2], {formats.RECIPE.name: lambda: formats.quantized(

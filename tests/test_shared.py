@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import serve
+import stand_in
 from conftest import REPO
 
 from helpers import (
@@ -124,12 +125,14 @@ def test_it_is_one_server_with_a_key_and_an_arm(room, participant, monkeypatch, 
         shared.servers()
 
 
-def test_what_is_no_such_server_is_a_sentence(fp8_server, tmp_path, monkeypatch, tmp_workspace):
-    (tmp_path / "key").write_text(fp8_server.api_key)
+def test_what_is_no_such_server_is_a_sentence(tmp_path, monkeypatch, tmp_workspace):
+    (tmp_path / "key").write_text("its-key")
     monkeypatch.setenv(shared.KEY_FILE, str(tmp_path / "key"))
-    monkeypatch.setenv(shared.SERVERS, f"fp8={fp8_server.url}")
-    with pytest.raises(WorkbookError, match="does not say what it serves"):
-        shared.servers()
+    with stand_in.listening(lambda request: (404, b"{}")) as another:  # as a vLLM without /about
+        monkeypatch.setenv(shared.SERVERS, f"fp8={another.url}")
+        with pytest.raises(WorkbookError, match="does not say what it serves"):
+            shared.servers()
+    assert [request.path for request in another.asked] == ["/about"]
     monkeypatch.setenv(shared.SERVERS, "fp8=http://127.0.0.1:9")
     with pytest.raises(WorkbookError, match="does not answer"):
         shared.servers()

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -63,32 +64,40 @@ def per_token(x: torch.Tensor) -> torch.Tensor:
     return (x.float() * scale.reciprocal()).to(torch.float8_e4m3fn).double() * scale.double()
 
 
-def errors(numerics: str, shape: tuple[int, int], rows: int, with_bias=False,
-           scale_dtype=torch.float32, pruned=False) -> dict:
-    """One layer's relative error against float64, on one thread and on two, and its bound."""
+def errors(numerics: str, shape: tuple[int, int], rows: Sequence[int], with_bias=False,
+           scale_dtype=torch.float32, pruned=False) -> list[dict]:
+    """One layer's relative error against float64, on one thread and on two, and its bound.
+
+    For each number of rows; the layer is made and packed once.
+    """
     weight = codes(*shape)
     if pruned:  # nine of ten weights are zero, and activations have a mean
         weight.view(torch.uint8)[torch.rand(*shape) < 0.9] = 0
     scale = ((torch.rand(shape[0], 1) + 0.5) * 1e-3).to(scale_dtype)
     bias = torch.randn(shape[0]).bfloat16() if with_bias else None
-    x = (torch.randn(rows, shape[1]) + 10 * pruned).bfloat16()
     kernel = selected(shape)
     layer = layer_of(weight, scale)
     kernel.process_weights_after_loading(layer)
-    made = []
-    for threads in (2, 1):
-        torch.set_num_threads(threads)
-        if threads == 2 or weight.numel() <= 2**25:  # the largest take seconds on one thread
-            made.append(kernel.apply_weights(layer, x, bias))
-    torch.set_num_threads(2)
-    seen = x if numerics == "w8a16" else per_token(x)
+    some = slice(None)
     if shape[0] > 2048:  # of a large layer, compare outputs from all over it
         some = torch.randperm(shape[0])[:1024]
-        made, weight, scale = [y[:, some] for y in made], weight[some], scale[some]
-    reference = in_float64(seen, weight, scale, bias)
-    return {"kernel": type(kernel).__name__, "outputs": reference.numel(),
+        weight, scale = weight[some], scale[some]
+    found = []
+    for count in rows:
+        x = (torch.randn(count, shape[1]) + 10 * pruned).bfloat16()
+        made = []
+        for threads in (2, 1):
+            torch.set_num_threads(threads)
+            if threads == 2 or math.prod(shape) <= 2**25:  # the largest take seconds on one thread
+                made.append(kernel.apply_weights(layer, x, bias)[:, some])
+        torch.set_num_threads(2)
+        seen = x if numerics == "w8a16" else per_token(x)
+        reference = in_float64(seen, weight, scale, bias)
+        found.append({
+            "kernel": type(kernel).__name__, "outputs": reference.numel(),
             "dtype": str(made[0].dtype), "errors": [relative_error(y, reference) for y in made],
-            "bound": bound(2 if numerics == "w8a16" else 1, shape[1], reference.numel())}
+            "bound": bound(2 if numerics == "w8a16" else 1, shape[1], reference.numel())})
+    return found
 
 
 def bound(roundings: int, columns: int, outputs: int) -> float:
@@ -107,20 +116,23 @@ def bound(roundings: int, columns: int, outputs: int) -> float:
 
 
 def accuracy(numerics: str) -> dict:
-    measured = {}
-    for name, shape in PHI4.items():
-        for rows in (1, 40):
-            measured[f"{name}, {rows}"] = errors(numerics, shape, rows)
-    for name, shape in {**BUNDLED, **ODD}.items():
-        for rows in (1, 2, 5, 130, 700):
-            measured[f"{name}, {rows}"] = errors(numerics, shape, rows)
-    measured["4096 rows"] = errors(numerics, BUNDLED["tiny gate_up"], 4096)
-    measured["4096 rows, odd"] = errors(numerics, ODD["odd both"], 4096)
-    measured["bias"] = errors(numerics, (384, 256), 7, with_bias=True)
-    measured["bias, odd"] = errors(numerics, (33, 70), 7, with_bias=True)
-    measured["pruned"] = errors(numerics, (384, 256), 7, pruned=True)
-    measured["bf16 scales"] = errors(numerics, (384, 256), 7, scale_dtype=torch.bfloat16)
+    measured = {
+        **by_rows(numerics, PHI4, (1, 40)),
+        **by_rows(numerics, {**BUNDLED, **ODD}, (1, 2, 5, 130, 700))}
+    for name, shape, rows, options in (
+            ("4096 rows", BUNDLED["tiny gate_up"], 4096, {}),
+            ("4096 rows, odd", ODD["odd both"], 4096, {}),
+            ("bias", (384, 256), 7, {"with_bias": True}),
+            ("bias, odd", (33, 70), 7, {"with_bias": True}),
+            ("pruned", (384, 256), 7, {"pruned": True}),
+            ("bf16 scales", (384, 256), 7, {"scale_dtype": torch.bfloat16})):
+        [measured[name]] = errors(numerics, shape, [rows], **options)
     return measured
+
+
+def by_rows(numerics: str, shapes: dict, rows: Sequence[int]) -> dict:
+    return {f"{name}, {count}": found for name, shape in shapes.items()
+            for count, found in zip(rows, errors(numerics, shape, rows), strict=True)}
 
 
 def shapes(numerics: str) -> dict:
@@ -267,8 +279,7 @@ def main() -> dict:
         kernels = linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CPU]
         kernels.sort(key=lambda kernel: "W8A16" not in kernel.__name__)
         cpu_products.has_packed_gemm = lambda: False  # as on a CPU without AVX512-BF16
-        measured["unpacked"] = {f"{name}, {rows}": errors("w8a16", shape, rows)
-                                for name, shape in BUNDLED.items() for rows in (1, 5, 130)}
+        measured["unpacked"] = by_rows("w8a16", BUNDLED, (1, 5, 130))
     return measured
 
 
