@@ -185,7 +185,8 @@ def table(losses: Losses, against: str = RECIPE.name) -> DataFrame:
 
     A DataFrame, index arm, least KL first. "KL", "KL low" to "KL high": nats per token, over all
     tokens. "difference", "low" to "high": this arm's KL minus that of `against` on the same texts.
-    The intervals are 95 % ones (`stats.paired_over_texts`), and each stands for itself.
+    The intervals are 95 % ones over texts (`stats.paired_over_texts`), and each stands for itself;
+    the luck of rounding is in none (`moved`).
     "told apart": "less", "more", or "no" where the difference's holds zero. "top-1",
     "logits, dB": as in `Losses`.
     """

@@ -3,12 +3,14 @@
 import json
 
 import measure_formats
+import nbformat
 import numpy as np
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
+from conftest import REPO
 from safetensors.torch import load_file
 
 from helpers import ablation, checkpoint, cost_plots, formats, models, plots, scheme_trials
@@ -215,3 +217,33 @@ def test_other_scales_round_otherwise_and_no_worse(tiny):
         off = (weight / before - 1).abs()[normal & (before != 0)]
         assert off.max() < 0.0626 and 25 < ablation.sqnr(before, weight) < 40
     assert not any(torch.equal(seen[a], seen[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_what_04_says_in_words_is_what_is_kept():
+    nb = nbformat.read(REPO / "notebooks" / "04_what_fp8_costs.ipynb", as_version=4)
+    prose = "\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
+    kl = {}
+    recipe = formats.RECIPE.name
+    for name in ("tiny-phi4", "smollm2"):
+        for part, against in (("formats", recipe), ("activations", recipe),
+                              ("kv cache", "E4M3, scale 1")):
+            kl |= {(name, arm): value for arm, value in formats.table(
+                formats.measured(name, part), against)["KL"].items()}
+    assert (f"That cost the bundled model {kl['tiny-phi4', recipe]:.5f} nats in W8A8, SmolLM2 "
+            f"{kl['smollm2', recipe]:.3f}.") in prose
+    one_scale = [kl["smollm2", arm] / kl["smollm2", recipe] for arm in (
+        "dynamic, one scale a text", "static, set on 32 texts", "static, set on 1 text")]
+    assert "One scale for all tokens costs SmolLM2 a fifth more at least" in prose
+    assert 1.2 <= min(one_scale) < 1.25
+    luck = {name: max(kl[name, arm] for _, arm in kl if "other scales" in arm)
+            for name in ("tiny-phi4", "smollm2")}
+    assert ("On the bundled model neither blocks nor one scale for all go beyond it, on SmolLM2 "
+            "neither INT8 per channel nor one scale for a weight.") in prose
+    assert max(kl["tiny-phi4", arm] for arm in (
+        "E4M3 128x128 blocks", "E4M3, weights per tensor", "E4M3 per tensor")) < luck["tiny-phi4"]
+    assert max(kl["smollm2", arm] for arm in (
+        "INT8 per channel", "E4M3, weights per tensor")) < luck["smollm2"]
+    assert "one per token and head takes a third off SmolLM2's KL, INT8 half." in prose
+    cache = [kl["smollm2", arm] / kl["smollm2", "E4M3, scale 1"] for arm in (
+        "E4M3, per token and head", "INT8, calibrated")]
+    assert cache == pytest.approx([2 / 3, 1 / 2], abs=0.03)
