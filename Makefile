@@ -42,8 +42,10 @@ preflight: setup  ## what this machine is, and how it serves FP8
 accept-gpu: setup  ## you have a GPU: seven steps, ten minutes; send us what it prints
 	@.venv/bin/python scripts/accept_gpu.py
 
+# Rooted at the project, so that links from the notebooks to helpers/ and data/ open.
 lab: setup  ## the notebooks in JupyterLab; EDITION=student · LAB_FLAGS="--port=8899"
-	@.venv/bin/jupyter lab --ip=127.0.0.1 --notebook-dir=$(if $(EDITION),build/$(EDITION),notebooks) \
+	@.venv/bin/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" \
+		--LabApp.default_url=/lab/tree/$(if $(EDITION),build/$(EDITION),notebooks) \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_FLAGS)
 
 kernel: setup  ## a kernel for the Jupyter that is there already (a pod's, a hub's)

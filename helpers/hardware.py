@@ -309,7 +309,7 @@ def serving_mode(machine: Machine) -> ServingMode:
             "8-bit weights, unpacked to 16 bits by the workbook's plugin for vLLM, and activations "
             f"in 16 bits, because there is no GPU, and this CPU multiplies bf16 ({matrix})")
     return ServingMode(
-        "cpu-unpacked", "cpu", "W8A16 on the CPU, unpacked",
+        "cpu-unpacked", "cpu", "W8A16 on the CPU, unpacked on loading",
         f"no GPU, and {lacks}: the workbook's vLLM plugin unpacks "
         "the FP8 weights to bf16 when it loads them, so neither time nor memory is saved")
 

@@ -36,10 +36,12 @@ def pictures() -> str:
     shown = [f"![{picture(notebook, begins)[0]}](data/measured/{name})"
              for name, notebook, begins in PICTURES]
     device = ledger_row.as_markdown(ledger_row.device(row))
-    live = (f"Measured by notebook 07 on {device}, with no GPU ({row['time'][:10]}): "
+    live = (f"One run of notebook 07, kept here, on {device}, with no GPU ({row['time'][:10]}): "
             f"{row['work']['layers']} of Phi-4's 40 layers at full size, in vLLM. FP8 in W8A16 is "
-            "the arithmetic of an A40; INT8 in W8A8 plays the part of FP8 in W8A8 on a Hopper.")
-    loss = "Notebook 08 sets beside it what each scheme loses, against the bytes it reads:"
+            "the arithmetic of an A40; INT8 in W8A8 plays the part of FP8 in W8A8 on a Hopper. The "
+            "ranges are this run's; another hour's can lie outside.")
+    loss = ("Notebook 08 sets beside it what each scheme loses, against the bytes it reads. "
+            "(SmolLM2's weights come out of a 4-bit file.)")
     return "\n\n".join([live, shown[0], loss, shown[1]])
 
 
@@ -54,7 +56,7 @@ def results() -> str:
                      f"llmcompressor {compressor})")
             machines.setdefault(title, []).append(file)
     return "\n\n".join(
-        f"On {title}, from " + " and ".join(
+        f"Kept runs on {title}, from " + " and ".join(
             f"[`{file.name}`](data/measured/{file.name})" for file in files) + ":\n\n"
         + _as_markdown(ledger.merge(files)) for title, files in machines.items())
 

@@ -194,8 +194,11 @@ def main() -> int:
     except WorkbookError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"FP8 on this machine, of {profile.title}:")
+    print(textwrap.fill(f"FP8 on this machine, of {profile.title} (the last row: of a slice of "
+                        "Phi-4):", 100))
     print(_grid(here, [23, 23, 25, 16]))
+    print(textwrap.fill("Notebook 09 has the rule of each verdict. Where rounds are too spread to "
+                        "say, run it again on an idle machine.", 100))
     if len(same := compared(beside)):
         print(_grid(same, [24, 9, 26, 22, 9]))
         print("agrees, differs: the same model, task, rows and hardware as published.")

@@ -243,7 +243,7 @@ def summary(rounds: "pd.DataFrame", arm: str, work: Work) -> dict[str, float]:
     if arm != "bf16" and "bf16" in speed:
         ratio = stats.ratio_by_round(speed[arm], speed["bf16"])
         figures |= {"ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high}
-    return {name: round(value, 3) for name, value in figures.items()}
+    return {name: round(value, 6) for name, value in figures.items()}
 
 
 def order(arms: list[str], rounds: int) -> list[tuple[int, str]]:

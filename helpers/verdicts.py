@@ -14,7 +14,8 @@ Each row is made from the newest fitting rows of one profile in the ledger, by a
   changed than notebook 06 saw change when bf16 ran again in another batch size; else "not told
   apart".
 - **speed** of one stream, FP8 over bf16 of the same round: "faster" where the range of the
-  ratio lies above 1, "slower" where it lies below, else "not told apart".
+  ratio lies above 1, "slower" where it lies below; else "too spread to say" where the rounds
+  spread too widely (`stats.spreads`), and "not told apart" where they do not.
 - **the model card's ratio at Phi-4's shapes**: FP8 W8A16 over bf16 on a slice of Phi-4, one stream.
   The card gives 32 and 17 tokens/s, whole numbers, so its ratio lies between 31.5 / 17.5 and
   32.5 / 16.5. "consistent with 1.88x" where the measured range meets that range, "not
@@ -143,9 +144,10 @@ def _speed(rows: list[dict]) -> tuple[str, ...]:
     row = _newest(single, "throughput", work=("output_tokens",), metrics=RATIO)
     if row is None:
         return what, expected, "notebook 07 measures it", MISSING
-    value, low, high = (row["metrics"][name] for name in RATIO)
-    verdict = "faster" if low > 1 else "slower" if high < 1 else APART
-    return what, expected, f"{value:.2f}x ({low:.2f} to {high:.2f})", verdict
+    ratio = stats.Interval(*(row["metrics"][name] for name in RATIO))
+    verdict = ("faster" if ratio.low > 1 else "slower" if ratio.high < 1 else
+               SPREAD if stats.spreads(ratio) else APART)
+    return what, expected, f"{ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})", verdict
 
 
 def published_ratio() -> stats.Interval:

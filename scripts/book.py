@@ -32,6 +32,10 @@ STYLE = """
 .text_html table, .text_html th, .text_html td { border: 1px solid var(--color-background-border) }
 .text_html th, .text_html td { padding: 0.25em 0.5em; vertical-align: top }
 """
+# Under the README's title, where the notebooks are the reader's own run.
+YOURS = ("> **Your own results** are in the notebooks' pages, your verdicts in "
+         "[09](notebooks/09_report_and_publish.ipynb). The figures on this page are kept runs of "
+         "the workbook's authors.")
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")  # but those within a page
 SETTINGS = {
     "project": "The Phi-4 FP8 workbook",
@@ -87,6 +91,8 @@ def gather(chosen: list[Path], folder: Path) -> None:
           with_links(words, "notebooks/glossary.md", pages, folder))
     readme = re.sub(r"^<!--.*-->\n", "", (REPO / "README.md").read_text(), flags=re.M)
     contents = "\n".join(f"notebooks/{stem}" for stem in [p.stem for p in chosen] + ["glossary"])
+    if all(path.parent != NOTEBOOKS for path in chosen):
+        readme = readme.replace("\n\n", f"\n\n{YOURS}\n\n", 1)
     write(folder / "index.md", f"{with_links(readme, 'index.md', pages, folder)}\n"
                                f"```{{toctree}}\n:hidden:\n\n{contents}\n```\n")
     write(folder / "_static" / "book.css", STYLE)

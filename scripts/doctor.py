@@ -269,11 +269,10 @@ def graphics(found, every) -> Finding:
 def will_run(found, model: str, features, ram_bytes: int) -> tuple:
     """Which model in which serving mode, by the workbook's own rules: a sentence, in short, disk.
 
-    The last is a finding for a model that is fetched, else None.
-
-    Its modules need Python 3.11 and import nothing that is to be installed.
+    The last is a finding for a model that is fetched, or that PHI4_FP8_PROFILE names in vain, else
+    None. Its modules need Python 3.11 and import nothing that is to be installed.
     """
-    from helpers import hardware, models
+    from helpers import WorkbookError, hardware, models
 
     cards = tuple(hardware.Gpu(i, gpu.name, gpu.memory_bytes, gpu.capability, gpu.driver)
                   for i, gpu in enumerate(found))
@@ -282,7 +281,14 @@ def will_run(found, model: str, features, ram_bytes: int) -> tuple:
     mode = hardware.serving_mode(machine)
     best = next((profile for profile in (models.PHI4, models.PHI4_MINI)
                  if mode.device == "cuda" and "fp8" in models.arms(profile, machine)), None)
-    room = model_disk(best) if best and not os.environ.get(models.VARIABLE) else None
+    asked = os.environ.get(models.VARIABLE, "")
+    try:
+        if asked:
+            best = None if asked == "tiny-phi4" else models.choose(machine, asked)
+    except WorkbookError as error:
+        return "", "", Finding(False, "model", f"{models.VARIABLE}={asked}: {error.what} "
+                                               f"{error.remedy}", f"no model {asked}")
+    room = model_disk(best) if best and best.source == "hub" else None
     if best is None:
         title, name = "the bundled model of Phi-4's architecture", "tiny-phi4"
     else:

@@ -15,6 +15,16 @@ for variable in (shared.SERVERS, shared.KEY_FILE, cpu_kernels.VARIABLE):
     os.environ.pop(variable, None)
 
 
+# Files that take longest: they begin, so that no worker ends alone with one of them.
+LONGEST = ("test_serving", "test_accept_gpu", "test_streaming", "test_servers", "test_cpu_kernels",
+           "test_gpu_memory", "test_bench_cpu", "test_layer_trace")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.fixture
 def tmp_workspace(tmp_path, monkeypatch) -> Path:
     """A fresh, empty workspace for one test."""

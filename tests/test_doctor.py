@@ -52,6 +52,22 @@ def test_a_bare_python_says_the_same_as_the_preflight_of_the_whole_set_up(monkey
     assert len(line) < 300
 
 
+@pytest.mark.parametrize("asked, says, ends", [
+    ("phi4", "[FAIL] model: PHI4_FP8_PROFILE=phi4: There is no profile 'phi4'", "no model phi4"),
+    ("smollm2", "Will run: SmolLM2", "; smollm2 cpu-"),
+    ("tiny-phi4", "Will run: the bundled model", "; tiny-phi4 cpu-")])
+def test_the_model_that_is_asked_for_is_the_one_that_is_promised(asked, says, ends):
+    status, said = examined(CUDA_VISIBLE_DEVICES="", PHI4_FP8_PROFILE=asked)
+    assert says in said and ends in said.splitlines()[-1] and status == ("[FAIL]" in said)
+
+
+def test_a_model_of_the_hub_needs_its_room_on_a_cpu_too(tmp_path):
+    """Phi-4 fits a large enough RAM; then its download is looked at, else the RAM is named."""
+    said = examined(CUDA_VISIBLE_DEVICES="", PHI4_FP8_PROFILE="phi-4", HF_HOME=str(tmp_path))[1]
+    assert "disk for the model: 29.3 GB to fetch into" in said or (
+        "[FAIL] model: PHI4_FP8_PROFILE=phi-4: Microsoft Phi-4 (14.7B) needs" in said)
+
+
 def test_the_line_names_neither_the_reader_nor_the_machine():
     line = examined()[1].splitlines()[-1]
     words = re.split(r"[^\w.-]+", line)

@@ -94,8 +94,8 @@ def test_a_jupyter_that_does_not_answer_is_a_sentence(host, tmp_path):
     assert "Traceback" not in done.stderr and "run `make kernel` there" in done.stderr
 
 
-def test_lab_takes_flags_and_the_last_ones_count(tmp_path):
-    """JupyterLab itself, started by make with a port and a token of ours."""
+def test_lab_takes_flags_and_opens_what_notebooks_link_to(tmp_path):
+    """JupyterLab itself, started by make with a port and a token of ours; the last flags count."""
     lab, end = None, time.monotonic() + 90
     try:
         while True:
@@ -103,13 +103,15 @@ def test_lab_takes_flags_and_the_last_ones_count(tmp_path):
                 port = address.free_port(())
                 lab = started_lab(port, a_user(tmp_path, tmp_path / "home"), tmp_path / "log")
             try:
-                answer = client.session().get(
-                    f"http://127.0.0.1:{port}/api/contents?token=ours", timeout=5).json()
+                listed, linked = (client.session().get(
+                    f"http://127.0.0.1:{port}/api/contents/{place}?token=ours", timeout=5).json()
+                    for place in ("notebooks", "helpers/fp8.py"))
                 break
             except requests.RequestException:
                 assert time.monotonic() < end, (tmp_path / "log").read_text()[-2000:]
                 time.sleep(0.5)
-        assert "00_start_here.ipynb" in {each["name"] for each in answer["content"]}
+        assert "00_start_here.ipynb" in {each["name"] for each in listed["content"]}
+        assert linked["type"] == "file"
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(lab.pid, 15)

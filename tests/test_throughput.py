@@ -262,7 +262,7 @@ def test_the_summary_holds_medians_and_the_range():
     assert figures["output_tok_s"] == 20 and figures["tpot_ms"] == 5
     assert (figures["output_tok_s_min"], figures["output_tok_s_max"]) == (10, 30)
     # Round by round 10, 15 and 6.667 times, not the ratio of the medians, 20 / 2.
-    assert (figures["ratio"], figures["ratio_low"], figures["ratio_high"]) == (10, 6.667, 15)
+    assert (figures["ratio"], figures["ratio_low"], figures["ratio_high"]) == (10, 6.666667, 15)
     alone = rounds[rounds["arm"] == "fp8"]
     assert "ratio" not in throughput.summary(alone, "fp8", Work())
     assert "ratio" not in throughput.summary(rounds, "bf16", Work())

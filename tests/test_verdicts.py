@@ -101,7 +101,8 @@ def test_the_noise_of_other_work_is_not_this_ones(add, verdict):
 
 @pytest.mark.parametrize("ratio, said", [
     ((1.9, 1.8, 2.0), "faster"), ((1.1, 1.001, 1.2), "faster"), ((1.1, 1.0, 1.2), "not told apart"),
-    ((0.9, 0.8, 1.0), "not told apart"), ((0.9, 0.8, 0.999), "slower")])
+    ((0.9, 0.8, 1.0), "not told apart"), ((0.9, 0.8, 0.999), "slower"),
+    ((0.8, 0.56, 1.2955), "too spread to say")])
 def test_a_speed_is_judged_by_the_interval_of_its_ratio(add, verdict, ratio, said):
     names = ("ratio", "ratio_low", "ratio_high")
     add("throughput", work=ONE | {"concurrency": 8}, metrics=dict.fromkeys(names, 9.0))
