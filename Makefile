@@ -17,9 +17,9 @@ HAVE_PYTHON = command -v $(PYTHON) >/dev/null || { echo "No Python was found. In
 	>&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help doctor setup preflight run lab kernel book hand-in serve slides editions kit room test \
-	test-faults test-smollm2 test-browser accept-gpu rehearse-gpu test-isa lint notebooks full-size \
-	bench-cpu measure-formats lock clean
+.PHONY: help doctor setup preflight run lab kernel book hand-in serve slides editions kit room \
+	test test-faults test-acceptance test-smollm2 test-browser accept-gpu rehearse-gpu test-isa \
+	lint notebooks full-size bench-cpu measure-formats lock clean
 
 # A line "## group" heads the targets below it, and "target: ... ## words" describes one.
 help:
@@ -102,6 +102,9 @@ full-size: setup  ## quantize a random checkpoint of Phi-4's size (45 GB of disk
 notebooks: export CUDA_VISIBLE_DEVICES =
 notebooks: setup  ## run the notebooks on the CPU and write them back with their outputs
 	@.venv/bin/python scripts/run_notebooks.py refresh
+
+test-acceptance: setup  ## the steps of accept-gpu, walked on a CPU (two minutes)
+	@.venv/bin/python -m pytest -q -m slow tests/test_accept_gpu.py
 
 test-smollm2: setup  ## notebooks 01 to 05 on SmolLM2-135M, out of a Python package of 93 MB
 	@.venv/bin/python scripts/run_tests.py smollm2

@@ -91,7 +91,7 @@ def run(sources: list[Path], tests: Path, workspace: Path) -> int:
     # The notebooks first and alone: they measure, and tests read what they leave.
     noted = pytest.main([str(copies), "--nbmake", "--overwrite", f"--nbmake-timeout={LIMIT}"],
                         plugins=[runs])
-    tested = pytest.main([str(tests), "--durations=10", *at_once(),
+    tested = pytest.main([str(tests), "-m", "not slow", "--durations=10", *at_once(),
                           "-W", "ignore::pytest.PytestAssertRewriteWarning"])  # nbmake's, loaded
     print(runs.table())
     return int(noted or tested)

@@ -16,8 +16,8 @@ for variable in (shared.SERVERS, shared.KEY_FILE, cpu_kernels.VARIABLE):
 
 
 # Files that take longest: they begin, so that no worker ends alone with one of them.
-LONGEST = ("test_serving", "test_accept_gpu", "test_streaming", "test_servers", "test_cpu_kernels",
-           "test_gpu_memory", "test_bench_cpu", "test_layer_trace")
+LONGEST = ("test_serving", "test_streaming", "test_servers", "test_cpu_kernels", "test_gpu_memory",
+           "test_bench_cpu", "test_layer_trace")
 
 
 def pytest_collection_modifyitems(items) -> None:

@@ -143,6 +143,7 @@ def test_the_steps_come_in_the_order_in_which_things_fail():
     assert all(step.proves for step in STEPS)
 
 
+@pytest.mark.slow
 def test_all_steps_walked_on_a_cpu(here, monkeypatch):
     """The steps' own code, with vLLM, LLM Compressor and the notebooks, where there is no GPU."""
     monkeypatch.setattr(accept_steps, "DECODE", (64, 50, 1))  # a CPU takes its time
