@@ -232,9 +232,9 @@ def test_what_04_says_in_words_is_what_is_kept():
     other = {name: [kl[name, f"E4M3, other scales {draw}"] for draw in (1, 2, 3)]
              for name in ("tiny-phi4", "smollm2")}
     assert (f"W8A8 cost the bundled model {kl['tiny-phi4', recipe]:.5f} nats, SmolLM2 "
-            f"{kl['smollm2', recipe]:.3f}; luck alone gives {min(other['tiny-phi4']):.5f} to "
-            f"{max(other['tiny-phi4']):.5f}, and {min(other['smollm2']):.3f} to "
-            f"{max(other['smollm2']):.3f}.") in prose
+            f"{kl['smollm2', recipe]:.3f}; scales as good, drawn at random, give "
+            f"{min(other['tiny-phi4']):.5f} to {max(other['tiny-phi4']):.5f}, and "
+            f"{min(other['smollm2']):.3f} to {max(other['smollm2']):.3f}.") in prose
     one_scale = [kl["smollm2", arm] / kl["smollm2", recipe] for arm in (
         "dynamic, one scale a text", "static, set on 32 texts", "static, set on 1 text")]
     assert "One scale for all tokens costs SmolLM2 a fifth more at least" in prose
