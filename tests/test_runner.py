@@ -16,6 +16,9 @@ import pytest
 import run_notebooks
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from helpers import shared
+from helpers.serve_side import cpu_kernels
+
 REPO = Path(__file__).resolve().parent.parent
 VIEW = notebook_outputs.VIEW
 
@@ -173,8 +176,10 @@ def test_a_notebook_that_hangs_or_runs_nothing_or_is_missing_fails(tmp_path):
 
 def test_what_a_reader_has_set_for_a_room_is_not_tested(tmp_path, monkeypatch):
     import run_tests
+    from conftest import READERS
 
-    for name in ("PHI4_FP8_SERVERS", "PHI4_FP8_KEY_FILE", "PHI4_FP8_CPU_NUMERICS"):
+    assert READERS == (shared.SERVERS, shared.KEY_FILE, cpu_kernels.VARIABLE)
+    for name in READERS:
         monkeypatch.setenv(name, "theirs")
     monkeypatch.setenv("PHI4_FP8_PROFILE", "tiny-phi4")
     monkeypatch.setattr(run_tests, "BUILD", tmp_path)
