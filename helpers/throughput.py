@@ -110,16 +110,12 @@ def tokens_per_second(work: Work, result: BenchResult) -> float:
     """The speed of decoding, all streams together, or of a prompt: what each spends its time on.
 
     Decoding is timed by TPOT, which leaves out the first token and each request's own costs: spread
-    over a few tokens these would hide the speed. A prompt is timed by TTFT.
+    over a few tokens these would hide the speed. A prompt is timed by TTFT. NaN where all tokens
+    arrived at once, because the client was slower than the server.
     """
     if work.generated_tokens == 1:
         return 1000 * work.counted_tokens / result.ttft_ms
-    if not result.tpot_ms:
-        raise WorkbookError(
-            f"All {work.generated_tokens} tokens arrived at once, so no time lies between them.",
-            "The client was slower than the server: their speed was not measured.",
-            "Measure again when the machine has less to do, or with more tokens.")
-    return 1000 * work.streams / result.tpot_ms
+    return 1000 * work.streams / result.tpot_ms if result.tpot_ms else math.nan
 
 
 def compare(arms: dict[str, Checkpoint], profile: Profile, mode: ServingMode,
@@ -205,10 +201,16 @@ def ratios(rounds: "pd.DataFrame", base: str | None = None) -> "pd.DataFrame":
 
     `rounds`: as `in_turn` returns them. A table with one row per arm and work, arm by arm: arm,
     work (its title), tok_s (the median), and ratio, low and high, the median of the rounds' ratios
-    with its interval (`stats.ratio_by_round`).
+    with its interval (`stats.ratio_by_round`). Raises `WorkbookError` where a speed is NaN.
     """
     import pandas as pd
 
+    if len(lost := rounds[rounds["tok_s"].isna()]):
+        raise WorkbookError(
+            f"All tokens of {lost['arm'].iloc[0]}, {lost['work'].iloc[0]}, arrived at once, so no "
+            "time lies between them.",
+            "The client was slower than the server: their speed was not measured.",
+            "Measure again when the machine has less to do, or with more tokens.")
     base = base or arm_names.base(rounds["arm"])
     rows, every = [], {key: group.set_index("round")["tok_s"].sort_index()
                        for key, group in rounds.groupby(["arm", "work"])}

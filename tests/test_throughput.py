@@ -3,7 +3,7 @@
 import contextlib
 import math
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pandas as pd
 import pytest
@@ -267,3 +267,16 @@ def test_the_summary_holds_medians_and_the_range():
     assert "ratio" not in throughput.summary(alone, "fp8", Work())
     assert "ratio" not in throughput.summary(rounds, "bf16", Work())
     assert throughput.kernel(rounds, "bf16") == "unquantized"
+
+
+def test_tokens_that_arrive_at_once_have_no_speed_and_no_ratio():
+    """The whole model is compared by output_tok_s, and goes on; a ratio of speeds does not."""
+    result = throughput.BenchResult(*(1.0,) * len(fields(throughput.BenchResult)))
+    work = throughput.Work(streams=8, generated_tokens=64)
+    assert throughput.tokens_per_second(work, replace(result, tpot_ms=4.0)) == 2000
+    assert math.isnan(throughput.tokens_per_second(work, replace(result, tpot_ms=0.0)))
+    rounds = pd.DataFrame({"round": [1, 2] * 2, "arm": ["bf16"] * 2 + ["fp8"] * 2,
+                           "work": "8 streams", "tok_s": [1.0, 1.0, 2.0, math.nan]})
+    with pytest.raises(WorkbookError, match="All tokens of fp8, 8 streams, arrived at once"):
+        throughput.ratios(rounds)
+    assert throughput.ratios(rounds.fillna(2.0))["ratio"].tolist() == [1.0, 2.0]
